@@ -1,0 +1,33 @@
+.PHONY: test lint types unit demo fuzz clean
+.DEFAULT_GOAL := test
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+test: lint types unit ## everything that a change must pass
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+unit: $(READY)
+	$(BIN)/pytest -q
+
+demo: $(READY) ## train the example three times and draw what clipping did
+	$(BIN)/python examples/char_lm.py
+
+fuzz: $(READY) ## 100,000 random histories against numpy
+	$(BIN)/python tests/fuzz_percentile.py
+
+clean:
+	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
