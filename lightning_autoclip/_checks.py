@@ -1,0 +1,52 @@
+"""Checks of arguments: one error grammar for the whole library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_number(name: str, value: Any, rule: str, low: float, high: float = math.inf, open_low: bool = False) -> float:
+    """Return ``value`` as a float, or raise if it is not a real number in the range.
+
+    Args:
+        name: The argument's name, for the message.
+        value: What the user gave.
+        rule: What is expected, for the message, for example ``"a number above 0"``.
+        low: Smallest value allowed (with ``open_low``: the value must lie above it).
+        high: Largest value allowed.
+        open_low: Whether ``low`` itself is refused.
+
+    Raises:
+        TypeError: ``value`` is no real number (a bool is not one).
+        ValueError: ``value`` is NaN or outside the range.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"Expected `{name}` to be {rule}, but got {value!r} of type `{type(value).__name__}`.")
+    number = float(value)
+    if not (low < number if open_low else low <= number) or number > high:
+        raise ValueError(f"Expected `{name}` to be {rule}, but got {value!r}.")
+    return number
+
+
+def check_integer(name: str, value: Any, rule: str, low: int) -> int:
+    """Return ``value`` as an int, or raise if it is not a whole number of at least ``low``.
+
+    Raises:
+        TypeError: ``value`` is no integer (a bool and ``10.0`` are none).
+        ValueError: ``value`` is below ``low``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"Expected `{name}` to be {rule}, but got {value!r} of type `{type(value).__name__}`.")
+    if value < low:
+        raise ValueError(f"Expected `{name}` to be {rule}, but got {value!r}.")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Return ``value``, or raise ``ValueError`` if it is not one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+    return value

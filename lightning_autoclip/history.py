@@ -1,0 +1,281 @@
+"""The record of past gradient norms, and their exact running percentile."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_autoclip._checks import check_integer, check_number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_FIRST_CAPACITY = 1024
+_INF = math.inf
+
+
+def check_percentile(percentile: float) -> float:
+    """Return ``percentile`` as a float in [0, 100]; warn if it looks like a fraction."""
+    number = check_number("percentile", percentile, "a number between 0 and 100", 0, 100)
+    if 0 < number < 1:
+        warnings.warn(
+            f"`percentile={number:g}` asks for the {number:g}th percentile of 100."
+            f" If a fraction was meant, write `percentile={100 * number:g}`.",
+            stacklevel=4,
+        )
+    return number
+
+
+def percentile_of(ordered: Tensor, count: Tensor, percentile: float) -> Tensor:
+    """Percentile of the first ``count`` entries of a sorted tensor, by linear interpolation.
+
+    Equal to ``numpy.percentile`` (method ``"linear"``) and free of host reads: ``count`` stays on its device.
+
+    Args:
+        ordered: Shape ``(n,)``, ascending; entries from ``count`` on are ignored.
+        count: Shape ``()``, integer, from 0 to ``n``, on the device of ``ordered``.
+        percentile: Between 0 and 100.
+
+    Returns:
+        Shape ``()``, dtype of ``ordered``. What it holds for ``count == 0`` means nothing.
+    """
+    # float64 keeps the fraction exact at a million entries; MPS has none.
+    exact = torch.float32 if ordered.device.type == "mps" else torch.float64
+    last = count - 1
+    rank = last.to(exact) * (percentile / 100)
+    below = rank.long()
+    above = torch.minimum(below + 1, last)
+    return torch.lerp(ordered.take(below), ordered.take(above), (rank - below).to(ordered.dtype))
+
+
+class History(Metric):
+    """The finite values of the last ``window`` updates, or of all of them, in order and sorted.
+
+    Values live on the metric's device and nothing is read back to the host by :meth:`update`: a value is put into the
+    sorted record by one clamp (``sorted[i] = clamp(x, sorted[i-1], sorted[i])``) and the oldest one leaves it by one
+    select, so that a step costs the same from the first to the last with a window, and one pass over the record
+    without one. A NaN or an infinity never enters.
+
+    The record is the same on every rank if the values are; it is never reduced over processes.
+
+    Args:
+        window: How many values to keep, at least 1, or ``None`` for all of them.
+
+    Raises:
+        TypeError: ``window`` is neither an integer nor ``None``.
+        ValueError: ``window`` is below 1.
+    """
+
+    full_state_update = False
+    values: Tensor
+    count: Tensor
+
+    def __init__(self, window: int | None = 100) -> None:
+        super().__init__(sync_on_compute=False)
+        if window is not None:
+            window = check_integer("window", window, "an integer of at least 1, or `None` for the full history", 1)
+        self.window = window
+        capacity = _FIRST_CAPACITY if window is None else min(window, _FIRST_CAPACITY)
+        self.add_state("values", torch.full((capacity,), _INF), persistent=True)
+        self.add_state("count", torch.zeros((), dtype=torch.int64), persistent=True)
+        self._pair: list[tuple[Tensor, Tensor, Tensor]] = []  # of the sorted record: built when first needed
+        self._at_most = 0  # an upper bound of `count` that the host knows without reading it
+
+    @torch.no_grad()
+    def update(self, value: Tensor | float) -> None:
+        """Record one value.
+
+        Args:
+            value: Shape ``()`` or ``(1,)``, a real dtype (kept as float32), or a float. Not recorded if not finite.
+        """
+        value = torch.as_tensor(value, dtype=torch.float32, device=self.values.device).squeeze()
+        self._make_room()
+        (_, *old), (_, *new) = self._sorted_pair()
+        entering = value.nan_to_num(_INF, _INF, _INF)
+        finite = entering < _INF
+        slot = (self.count if self.window is None else self.count % self.window).reshape(1)
+        oldest = self.values.gather(0, slot)  # +inf where the slot is still empty
+        self.values.scatter_(0, slot, torch.where(finite, entering, oldest))
+        self.count += finite
+        if self.window is not None:
+            leaving = torch.where(finite, oldest, entering)  # +inf takes nothing out
+            torch.where(old[0] < leaving, old[0], old[1], out=new[0])
+            old, new = new, old
+            self._pair.reverse()
+        torch.clamp(entering, min=old[0], max=old[1], out=new[1])  # +inf puts nothing in
+        self._pair.reverse()
+
+    @torch.no_grad()
+    def extend(self, values: Tensor) -> None:
+        """Record many values at once, oldest first. Reads the host; not for use inside a step.
+
+        Args:
+            values: Shape ``(n,)``, a real dtype. Those that are not finite are left out.
+        """
+        values = torch.as_tensor(values, device=self.values.device).detach().reshape(-1).to(torch.float32)
+        values = values[values.isfinite()]
+        count = int(self.count) + values.numel()
+        self._rebuild(torch.cat((self.recorded, values)), count)
+        self._update_count += 1
+        self._computed = None
+
+    def compute(self) -> Tensor:
+        """Return the recorded values, oldest first: shape ``(n,)``, float32. Reads the host."""
+        return self.recorded
+
+    @property
+    def recorded(self) -> Tensor:
+        """The values in the record, oldest first: shape ``(n,)``, float32. Reads the host."""
+        count = int(self.count)
+        if self.window is None or count <= self.window:
+            return self.values[:count].clone()
+        return self.values.roll(-(count % self.window))
+
+    @property
+    def size(self) -> Tensor:
+        """How many values are in the record: shape ``()``, int64, at most ``window``."""
+        return self.count if self.window is None else self.count.clamp(max=self.window)
+
+    @property
+    def ordered(self) -> Tensor:
+        """The values in ascending order, then ``+inf``: shape ``(n,)``, float32, of which :attr:`size` hold values."""
+        return self._sorted_pair()[0][2]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self._pair, self._at_most = [], 0
+
+    def _make_room(self) -> None:
+        """Double the capacity if the next value could find none; needs no host read."""
+        capacity = self.values.numel()
+        if self._at_most >= capacity and (self.window is None or capacity < self.window):
+            larger = 2 * capacity if self.window is None else min(2 * capacity, self.window)
+            self.values = torch.cat((self.values, self.values.new_full((larger - capacity,), _INF)))
+            self._pair = []
+        self._at_most += 1
+
+    def _sorted_pair(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The sorted record and a spare of its shape, each with its views without the last and without the first entry.
+
+        The record stands between sentinels: -inf, the values in ascending order, +inf to the end.
+        """
+        if not self._pair or self._pair[0][0].device != self.values.device:
+            low, high = self.values.new_full((1,), -_INF), self.values.new_full((1,), _INF)
+            record = torch.cat((low, self.values.sort().values, high))
+            self._pair = [(buffer, buffer[:-1], buffer[1:]) for buffer in (record, record.clone())]
+        return self._pair
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_pair": []}
+
+    def _rebuild(self, recorded: Tensor, count: int) -> None:
+        """Make ``recorded`` (oldest first) the newest of ``count`` values ever recorded."""
+        kept = recorded if self.window is None else recorded[-self.window :]
+        capacity = self.values.numel()
+        while capacity < kept.numel():
+            capacity *= 2
+        if self.window is not None:
+            capacity = min(capacity, self.window)
+            # A record shorter than its count (the window has grown since) starts over as a partly filled one.
+            count = count if kept.numel() == self.window else kept.numel()
+        values = kept.new_full((capacity,), _INF)
+        values[: kept.numel()] = kept
+        self.values = values if self.window is None else values.roll(count % self.window if count > self.window else 0)
+        self.count = torch.tensor(count, device=values.device)
+        self._pair, self._at_most = [], count
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The state: ``values`` (shape ``(n,)``, float32, oldest first) and ``count`` (shape ``()``, int64)."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        state[f"{prefix}values"] = self.recorded
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Load strictly: what is missing, misshapen or inconsistent is an error. A smaller window keeps the newest."""
+        try:
+            values, count = state_dict.pop(f"{prefix}values"), state_dict.pop(f"{prefix}count")
+        except KeyError as error:
+            raise ValueError(
+                f"The state of `{type(self).__name__}` has no {error}; it was not written by it."
+            ) from None
+        whole = isinstance(values, Tensor) and isinstance(count, Tensor) and values.dim() == 1 and count.numel() == 1
+        if not whole or values.dtype != torch.float32 or count.is_floating_point() or int(count) < values.numel():
+            raise ValueError(
+                f"The state of `{type(self).__name__}` is damaged: expected `values` of shape (n,), float32, and an"
+                f" integer `count` of at least n, but got values={values!r} and count={count!r}."
+            )
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"The state of `{type(self).__name__}` is damaged: `values` are not all finite.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._rebuild(values.to(self.values.device), int(count))
+        self._update_count, self._computed = int(count), None
+
+
+class RunningPercentile(History):
+    """Exact percentile of the last ``window`` values, or of all of them.
+
+    A `torchmetrics.Metric` with the verbs of that library. Agrees with ``numpy.percentile`` (linear interpolation) for
+    every history length and percentile; a NaN or an infinity never enters; no host read in ``update`` and ``compute``.
+
+    Args:
+        percentile: Between 0 and 100.
+        window: How many values to keep, at least 1, or ``None`` for the full history as in the AutoClip paper.
+
+    Raises:
+        TypeError: ``percentile`` is no number, ``window`` is neither an integer nor ``None``.
+        ValueError: ``percentile`` is outside [0, 100] or NaN, ``window`` is below 1.
+
+    Example:
+        >>> from lightning_autoclip import RunningPercentile
+        >>> metric = RunningPercentile(percentile=50, window=3)
+        >>> for norm in (9.0, 1.0, 3.0, float("nan"), 2.0):
+        ...     metric.update(norm)
+        >>> metric.compute()
+        tensor(2.)
+
+    References:
+        Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source Separation Networks
+        <https://arxiv.org/abs/2007.14469>`_, 2020.
+    """
+
+    def __init__(self, percentile: float, window: int | None = 100) -> None:
+        super().__init__(window)
+        self.percentile = check_percentile(percentile)
+
+    def compute(self) -> Tensor:
+        """Return the percentile: shape ``()``, float32, on the metric's device; NaN before the first value."""
+        size = self.size
+        return torch.where(size > 0, percentile_of(self.ordered, size, self.percentile), math.nan)
+
+    def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Plot the recorded values in order, with the percentile as a line. Needs matplotlib.
+
+        Args:
+            val: The percentile to draw; the present one if ``None``.
+            ax: The axes to draw on; new ones if ``None``.
+
+        Returns:
+            The matplotlib figure and axes.
+        """
+        import matplotlib.pyplot as plt
+
+        recorded = self.recorded.cpu()
+        last = int(self.count)
+        val = self.compute() if val is None else val
+        if ax is None:
+            _, ax = plt.subplots()
+        ax.plot(range(last - recorded.numel() + 1, last + 1), recorded, lw=0.8, label="recorded")
+        ax.axhline(float(val), color="C3", ls="--", label=f"percentile {self.percentile:g}: {float(val):.4g}")
+        if recorded.numel() and float(recorded.min()) > 0:
+            ax.set_yscale("log")
+        ax.set(xlabel="update", ylabel="value")
+        ax.legend()
+        return ax.figure, ax  # type: ignore[return-value]

@@ -1,0 +1,83 @@
+"""Reality for the tests: parameters whose gradients are known, small models, data, Trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, TensorDataset
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+def with_gradient(gradient: Any, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """A parameter of zeros that has the given gradient."""
+    gradient = torch.as_tensor(gradient, dtype=dtype)
+    parameter = nn.Parameter(torch.zeros_like(gradient))
+    parameter.grad = gradient.clone()
+    return parameter
+
+
+def norm_of(parameters: Iterable[nn.Parameter]) -> float:
+    """The L2 norm of all gradients, computed in float64 independently of the library."""
+    return float(sum(p.grad.double().square().sum() for p in parameters if p.grad is not None) ** 0.5)
+
+
+def dataset(n: int = 64, features: int = 4, scales: Iterable[float] | None = None, seed: int = 0) -> TensorDataset:
+    """Inputs, targets and a factor for the loss of each row (1, or ``scales`` in turn)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, features, generator=generator)
+    y = x.sum(1, keepdim=True).sin()
+    factors = list(scales) if scales is not None else [1.0]
+    scale = torch.tensor([factors[i % len(factors)] for i in range(n)])
+    return TensorDataset(x, y, scale)
+
+
+def loader(batch_size: int = 4, **kwargs: Any) -> DataLoader:
+    """The dataset in a fixed order."""
+    return DataLoader(dataset(**kwargs), batch_size=batch_size)
+
+
+class Net(LightningModule):
+    """A two-layer network on :func:`dataset`, whose loss is multiplied by each row's factor."""
+
+    def __init__(self, optimizer: OptimizerFactory | None = None, features: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(features, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.optimizer = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y, scale = batch
+        return ((self.net(x) - y).square().squeeze(1) * scale).mean()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+def trainer(*callbacks: Any, **kwargs: Any) -> Trainer:
+    """A quiet Trainer on one CPU process."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(callbacks=list(callbacks), **{**defaults, **kwargs})
+
+
+def weights(module: nn.Module) -> Tensor:
+    """All parameters as one vector."""
+    return torch.cat([p.detach().flatten() for p in module.parameters()])

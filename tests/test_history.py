@@ -1,0 +1,152 @@
+"""RunningPercentile against numpy."""
+
+from __future__ import annotations
+
+import math
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_autoclip import RunningPercentile
+
+NORMS = st.floats(2**-20, 2**20, width=32)
+ANY = st.one_of(NORMS, st.sampled_from([math.nan, math.inf, -math.inf, 1.0, 2.0]))
+WINDOWS = st.one_of(st.none(), st.integers(1, 12))
+PERCENTILES = st.one_of(st.sampled_from([0, 100, 50, 10]), st.floats(1, 100))
+
+
+def kept(values: list[float], window: int | None) -> np.ndarray:
+    finite = [value for value in values if math.isfinite(value)]
+    return np.array(finite if window is None else finite[-window:])
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(ANY, min_size=1, max_size=40), PERCENTILES, WINDOWS)
+def test_percentile_agrees_with_numpy_at_every_step(values, percentile, window):
+    metric = RunningPercentile(percentile, window)
+    for i, value in enumerate(values):
+        metric.update(torch.tensor(value))
+        expected = kept(values[: i + 1], window)
+        if expected.size:
+            assert metric.compute().item() == pytest.approx(np.percentile(expected, percentile), rel=1e-6)
+        else:
+            assert metric.compute().isnan()
+        np.testing.assert_array_equal(metric.recorded.numpy(), expected.astype(np.float32))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(ANY, max_size=30), st.lists(ANY, max_size=30), st.lists(ANY, max_size=30), PERCENTILES, WINDOWS)
+def test_extend_is_update_for_each_value(before, bulk, after, percentile, window):
+    one_by_one, at_once = RunningPercentile(percentile, window), RunningPercentile(percentile, window)
+    for value in [*before, *bulk, *after]:
+        one_by_one.update(value)
+    for value in before:
+        at_once.update(value)
+    at_once.extend(torch.tensor(bulk))
+    for value in after:
+        at_once.update(value)
+    assert torch.equal(one_by_one.recorded, at_once.recorded)
+    assert torch.equal(one_by_one.compute().nan_to_num(-1.0), at_once.compute().nan_to_num(-1.0))
+
+
+@pytest.mark.parametrize("window", [1024, 1500, None], ids=str)
+def test_the_record_grows_past_its_first_capacity(window):
+    values = np.random.default_rng(0).lognormal(0, 2, 3000).astype(np.float32)
+    metric = RunningPercentile(10, window)
+    for value in values:
+        metric.update(torch.tensor(value))
+    expected = kept(values.tolist(), window)
+    assert metric.compute().item() == pytest.approx(np.percentile(expected.astype(np.float64), 10), rel=1e-6)
+    np.testing.assert_array_equal(metric.recorded.numpy(), expected.astype(np.float32))
+
+
+def test_a_million_values_are_exact():
+    values = np.random.default_rng(0).lognormal(0, 3, 1_000_000).astype(np.float32)
+    metric = RunningPercentile(33.3, None)
+    metric.extend(torch.from_numpy(values[:-1]))
+    metric.update(torch.tensor(values[-1]))
+    assert metric.compute().item() == pytest.approx(np.percentile(values.astype(np.float64), 33.3), rel=1e-6)
+
+
+@pytest.mark.parametrize("percentile", [0, 100])
+def test_the_extremes_are_recorded_values_to_the_bit(percentile):
+    values = np.random.default_rng(1).lognormal(0, 3, 500).astype(np.float32)
+    metric = RunningPercentile(percentile, None)
+    metric.extend(torch.from_numpy(values))
+    assert metric.compute().item() == (values.max() if percentile else values.min())
+
+
+def test_reset_forgets_everything():
+    metric = RunningPercentile(50, 3)
+    for value in (5.0, 6.0, 7.0, 8.0):
+        metric.update(value)
+    metric.reset()
+    metric.update(1.0)
+    assert metric.compute() == 1.0
+    assert metric.recorded.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("window", [3, None], ids=str)
+def test_compute_is_not_stale_after_an_update(window):
+    metric = RunningPercentile(100, window)
+    metric.update(1.0)
+    assert metric.compute() == 1.0
+    metric.extend(torch.tensor([2.0]))
+    assert metric.compute() == 2.0
+    metric.update(3.0)
+    assert metric.compute() == 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64], ids=str)
+def test_any_real_dtype_is_recorded_as_float32(dtype):
+    metric = RunningPercentile(50)
+    metric.update(torch.tensor([3], dtype=dtype))
+    assert metric.recorded.dtype == torch.float32
+    assert metric.compute() == 3.0
+
+
+def test_half_leaves_the_record_in_float32():
+    metric = RunningPercentile(50).half()
+    metric.update(1e6)
+    assert metric.compute() == 1e6
+
+
+def test_plot_shows_the_record_and_the_percentile():
+    mpl.use("Agg")
+    metric = RunningPercentile(50, 3)
+    metric.extend(torch.tensor([9.0, 1.0, 3.0, 2.0]))
+    figure, axes = metric.plot()
+    recorded, line = axes.get_lines()
+    assert (list(recorded.get_xdata()), list(recorded.get_ydata())) == ([2, 3, 4], [1.0, 3.0, 2.0])
+    assert set(line.get_ydata()) == {2.0}
+    assert metric.plot(ax=axes)[0] is figure
+
+
+@pytest.mark.parametrize(
+    ("percentile", "error"),
+    [
+        *((value, ValueError) for value in (-0.1, 100.1, math.nan, math.inf)),
+        *((value, TypeError) for value in (True, "10", None)),
+    ],
+    ids=repr,
+)
+def test_a_bad_percentile_is_refused(percentile, error):
+    with pytest.raises(error, match="Expected `percentile` to be a number between 0 and 100, but got"):
+        RunningPercentile(percentile)
+
+
+@pytest.mark.parametrize(
+    ("window", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError), ("9", TypeError)]
+)
+def test_a_bad_window_is_refused(window, error):
+    with pytest.raises(error, match="Expected `window` to be an integer of at least 1"):
+        RunningPercentile(10, window)
+
+
+def test_a_percentile_that_looks_like_a_fraction_warns():
+    with pytest.warns(UserWarning, match="write `percentile=90`"):
+        RunningPercentile(0.9)
