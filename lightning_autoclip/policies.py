@@ -1,0 +1,111 @@
+"""Policies: from the recorded norms to a threshold. Stateless, pure tensor functions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_autoclip._checks import check_number
+from lightning_autoclip.history import check_percentile, percentile_of
+
+
+class Policy(ABC):
+    """A rule that turns recorded norms into a threshold. Subclass it for a rule of your own."""
+
+    @abstractmethod
+    def __call__(self, norms: Tensor, count: Tensor) -> Tensor:
+        """Return the threshold.
+
+        Must not read a tensor back to the host (no ``.item()``, ``float()``, ``if tensor``).
+
+        Args:
+            norms: Shape ``(n,)``, float32, ascending, the current norm included, then padded with ``+inf``.
+            count: Shape ``()``, int64: how many of them are norms. The result is not used while it is 0.
+
+        Returns:
+            Shape ``()``, float32, on the device of ``norms``.
+        """
+
+
+@dataclass(frozen=True)
+class Percentile(Policy):
+    """``multiplier`` times a percentile of the recorded norms (AutoClip).
+
+    Args:
+        percentile: Between 0 and 100, linear interpolation. 100 with ``multiplier=1`` never clips.
+        multiplier: Above 0. ``Percentile(50, multiplier=2)`` is twice the median.
+
+    Raises:
+        TypeError: An argument is no number.
+        ValueError: ``percentile`` is outside [0, 100], ``multiplier`` is not above 0, or one is NaN.
+
+    References:
+        Seetharaman et al., `AutoClip <https://arxiv.org/abs/2007.14469>`_, 2020.
+    """
+
+    percentile: float = 10.0
+    multiplier: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "percentile", check_percentile(self.percentile))
+        _check_positive(self, "multiplier")
+
+    def __call__(self, norms: Tensor, count: Tensor) -> Tensor:
+        """Return ``multiplier`` times the percentile."""
+        threshold = percentile_of(norms, count, self.percentile)
+        return threshold if self.multiplier == 1 else threshold * self.multiplier
+
+
+@dataclass(frozen=True)
+class ZScore(Policy):
+    """Mean of the recorded norms plus ``z`` of their (population) standard deviations.
+
+    Args:
+        z: Above 0.
+
+    Raises:
+        TypeError: ``z`` is no number.
+        ValueError: ``z`` is not above 0, or NaN.
+    """
+
+    z: float = 2.5
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "z")
+
+    def __call__(self, norms: Tensor, count: Tensor) -> Tensor:
+        """Return mean + z * standard deviation."""
+        recorded = torch.arange(norms.numel(), device=norms.device) < count
+        mean = torch.where(recorded, norms, 0.0).sum() / count
+        variance = torch.where(recorded, norms - mean, 0.0).square().sum() / count
+        return mean + self.z * variance.sqrt()
+
+
+@dataclass(frozen=True)
+class Constant(Policy):
+    """The same threshold at every step: fixed clipping, with the record and the logs of the adaptive kind.
+
+    Args:
+        threshold: Above 0, in units of the gradient's norm (or of one entry, when clipping by value).
+
+    Raises:
+        TypeError: ``threshold`` is no number.
+        ValueError: ``threshold`` is not above 0, or NaN.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "threshold")
+
+    def __call__(self, norms: Tensor, count: Tensor) -> Tensor:
+        """Return the threshold."""
+        return norms.new_full((), self.threshold)
+
+
+def _check_positive(policy: Policy, name: str) -> None:
+    number = check_number(name, getattr(policy, name), "a number above 0", 0, open_low=True)
+    object.__setattr__(policy, name, number)
