@@ -1,0 +1,294 @@
+"""Measure, record, decide, clip: adaptive gradient clipping for any PyTorch loop."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+from torch.optim import Optimizer
+
+from lightning_autoclip._checks import check_choice, check_integer, check_number
+from lightning_autoclip.gradients import Gradients, reads_are_free
+from lightning_autoclip.history import History
+from lightning_autoclip.policies import Policy
+
+Algorithm = Literal["norm", "value"]
+NonFinite = Literal["skip", "raise", "ignore"]
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient held a NaN or an infinity and ``nonfinite="raise"`` was asked for.
+
+    Attributes:
+        parameters: The parameters whose gradients were not finite.
+    """
+
+    def __init__(self, message: str, parameters: list[Tensor]) -> None:
+        super().__init__(message)
+        self.parameters = parameters
+
+
+class StepRecord(NamedTuple):
+    """What one step's clipping saw and did. Every field has shape ``()``, float32, on the gradients' device.
+
+    Attributes:
+        norm: L2 norm of all gradients viewed as one vector, before clipping.
+        statistic: What was recorded and compared: the norm, or by value the root-mean-square entry, norm / √numel.
+        threshold: The threshold of this step, in units of ``statistic``; ``inf`` while nothing is clipped.
+        nonfinite_total: How many steps so far, this one included, had a NaN or an infinity in their gradient.
+    """
+
+    norm: Tensor
+    statistic: Tensor
+    threshold: Tensor
+    nonfinite_total: Tensor
+
+
+class GradientClipper:
+    """Clips the gradients of one optimizer at a threshold that follows their own record.
+
+    Call :meth:`clip_` between ``backward()`` and ``optimizer.step()``. Each call measures the gradients, records the
+    measurement, lets the policy set the threshold from the record (the current step included) and clips in place.
+    On an accelerator nothing is read back to the host, except one scalar per step where ``nonfinite="skip"`` meets
+    an optimizer that can neither skip by itself (``fused=True``) nor be skipped by a `GradScaler`, and where
+    ``nonfinite="raise"``.
+
+    Args:
+        policy: From recorded norms to a threshold, for example ``Percentile(10)``.
+        gradient_clip_algorithm: ``"norm"`` scales the whole gradient so that its L2 norm is at most the threshold;
+            ``"value"`` records the root-mean-square entry and clamps each entry to ``[-threshold, threshold]``.
+        window: How many of the last steps the policy sees, at least 1; ``None`` for all of them.
+        warmup_steps: The first so many recorded steps are not clipped.
+        max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
+        nonfinite: What happens to a step whose gradient holds a NaN or an infinity. ``"skip"``: no weight moves (with
+            a `GradScaler` it is the scaler that skips, and backs off). ``"raise"``: `NonFiniteGradientError`; with a
+            `GradScaler` only once the scale is down to 1, since above it the overflow may be the scale's own.
+            ``"ignore"``: nothing, the gradient is applied as it is. Such a step never enters the record; nor does one
+            whose gradient is exactly zero.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_autoclip import Constant, GradientClipper
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> clipper = GradientClipper(Constant(1.0))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clipper.clip_(optimizer).norm
+        tensor(5.)
+        >>> weight.grad
+        tensor([0.6000, 0.8000])
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        gradient_clip_algorithm: Algorithm = "norm",
+        window: int | None = 100,
+        warmup_steps: int = 0,
+        max_threshold: float | None = None,
+        nonfinite: NonFinite = "skip",
+    ) -> None:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"Expected `policy` to be a `Policy` such as `Percentile(10)`, but got {policy!r}.")
+        check_choice("gradient_clip_algorithm", gradient_clip_algorithm, get_args(Algorithm))
+        check_choice("nonfinite", nonfinite, get_args(NonFinite))
+        if max_threshold is not None:
+            max_threshold = check_number(
+                "max_threshold", max_threshold, "a number above 0, or `None`", 0, open_low=True
+            )
+        self.policy = policy
+        self.gradient_clip_algorithm = gradient_clip_algorithm
+        self.warmup_steps = check_integer("warmup_steps", warmup_steps, "an integer of at least 0", 0)
+        self.max_threshold = math.inf if max_threshold is None else max_threshold
+        self.nonfinite = nonfinite
+        self.history = History(window)
+        self._nonfinite = torch.zeros(())
+        self._optimizer: weakref.ref[Optimizer] | None = None
+
+    @torch.no_grad()
+    def clip_(self, target: Optimizer | Iterable[Tensor], grad_scaler: GradScaler | None = None) -> StepRecord | None:
+        """Clip the gradients of an optimizer, or of some parameters, in place.
+
+        Args:
+            target: The optimizer that is about to step, or its parameters. One clipper serves one optimizer.
+            grad_scaler: The scaler of mixed-precision training, if there is one. Its ``unscale_`` may have been called
+                before or not: scaled gradients (all that a fused optimizer ever has) are measured and clipped at
+                their true scale.
+
+        Returns:
+            The record of the step, or ``None`` where no parameter has a gradient.
+
+        Raises:
+            NonFiniteGradientError: With ``nonfinite="raise"``, at a NaN or an infinity.
+            ValueError: The clipper has served another optimizer before.
+        """
+        optimizer = target if isinstance(target, Optimizer) else None
+        if optimizer is not None:
+            self._bind(optimizer)
+        gradients = Gradients.of(_parameters_of(target))
+        if not gradients.tensors:
+            return None
+        scale = _pending_scale(grad_scaler, optimizer)
+        if scale is not None and self.nonfinite == "skip" and _must_not_skip_itself(optimizer, gradients):
+            grad_scaler.unscale_(optimizer)  # type: ignore[union-attr, arg-type]
+            scale = None
+        norms = gradients.norms()
+        norm = torch.linalg.vector_norm(norms).to(torch.float32)
+        record = self._decide(norm if scale is None else norm / scale.to(norm.device), gradients.numel)
+        if self.gradient_clip_algorithm == "norm":  # the factor is a ratio: the same at every loss scale
+            gradients.clip_norm_(record.norm, record.threshold)
+        else:
+            gradients.clip_value_(
+                record.norm, record.threshold if scale is None else record.threshold * scale.to(norm.device)
+            )
+        if self.nonfinite == "raise":
+            _raise_if_nonfinite(record.norm, norms, gradients, grad_scaler)
+        elif self.nonfinite == "skip" and scale is None:  # with a pending scale the scaler sees the overflow itself
+            _skip_if_nonfinite(record.norm, gradients, optimizer, grad_scaler)
+        return record
+
+    def _decide(self, norm: Tensor, numel: int) -> StepRecord:
+        """Record the norm and set the threshold."""
+        statistic = norm if self.gradient_clip_algorithm == "norm" else norm / math.sqrt(numel)
+        if self.history.values.device != norm.device:
+            self.history.to(norm.device)
+        # A gradient of exactly zero moves nothing and tells no scale; enough of them (hinge losses, masked batches)
+        # would pull a percentile to zero and stop the training for good.
+        self.history.update(torch.where(statistic > 0, statistic, math.nan))
+        self._nonfinite = self._nonfinite.to(norm.device) + (norm < math.inf).logical_not()
+        size = self.history.size
+        threshold = self.policy(self.history.ordered, size).to(torch.float32).reshape(())
+        threshold = torch.where(self.history.count > self.warmup_steps, threshold, math.inf)
+        if self.max_threshold < math.inf:
+            threshold = threshold.clamp(max=self.max_threshold)
+        return StepRecord(norm, statistic, threshold, self._nonfinite)
+
+    @property
+    def nonfinite_total(self) -> int:
+        """How many steps so far had a NaN or an infinity in their gradient. Reads the host."""
+        return int(self._nonfinite)
+
+    def _bind(self, optimizer: Optimizer) -> None:
+        served = None if self._optimizer is None else self._optimizer()
+        if served is optimizer:
+            return
+        if served is not None:
+            raise ValueError(
+                "Expected `clip_` to be called with the optimizer it was called with first, but got another one, whose"
+                " norms would mix with the first one's. Use one `GradientClipper` per optimizer, or call `release()`"
+                " if this optimizer takes the other's place."
+            )
+        self._optimizer = weakref.ref(optimizer)
+        if _steps_with_found_inf(optimizer):
+            optimizer.register_step_post_hook(_forget_found_inf)
+
+    def release(self) -> None:
+        """Forget the optimizer (not its record), so that the next :meth:`clip_` may be given another one."""
+        self._optimizer = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What happened so far, as tensors and ints; loads with ``torch.load(..., weights_only=True)``."""
+        return {"history": dict(self.history.state_dict()), "nonfinite_total": self.nonfinite_total}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        A smaller ``window`` than the one the state was made with keeps the newest values; a larger one starts with
+        what there is.
+
+        Raises:
+            KeyError: An entry is missing.
+            TypeError: An entry has the wrong type.
+            ValueError: An entry is damaged.
+        """
+        history, nonfinite_total = state_dict["history"], state_dict["nonfinite_total"]
+        check_integer("nonfinite_total", nonfinite_total, "a count of steps", 0)
+        self.history.load_state_dict(history)
+        self._nonfinite = torch.tensor(float(nonfinite_total))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_optimizer": None}  # a weak reference does not pickle
+
+
+def _parameters_of(target: Optimizer | Iterable[Tensor]) -> Iterable[Tensor]:
+    if isinstance(target, Optimizer):
+        return (parameter for group in target.param_groups for parameter in group["params"])
+    return target
+
+
+def _pending_scale(grad_scaler: GradScaler | None, optimizer: Optimizer | None) -> Tensor | None:
+    """The scale by which the gradients are still multiplied: shape ``()``, float32; ``None`` if they are not."""
+    if grad_scaler is None or not grad_scaler.is_enabled():
+        return None
+    if optimizer is None:
+        raise ValueError(
+            "Expected the optimizer beside `grad_scaler`: which gradients are unscaled is kept per optimizer."
+        )
+    state = grad_scaler._per_optimizer_states.get(id(optimizer))
+    unscaled = state is not None and state["stage"] is not OptState.READY
+    return None if unscaled else grad_scaler._scale
+
+
+def _raise_if_nonfinite(norm: Tensor, norms: Tensor, gradients: Gradients, grad_scaler: GradScaler | None) -> None:
+    """Raise at a non-finite norm, unless a `GradScaler` may cure it by lowering its scale. Reads the host."""
+    if math.isfinite(norm.item()):
+        return
+    if grad_scaler is not None and grad_scaler.is_enabled() and grad_scaler.get_scale() > 1:
+        return
+    finite = norms.isfinite().tolist()
+    bad = [parameter for parameter, is_finite in zip(gradients.parameters, finite, strict=True) if not is_finite]
+    raise NonFiniteGradientError(
+        f"The gradient's norm is {norm.item()}; {len(bad)} of {len(finite)} parameters have a NaN or an infinity in"
+        ' their gradient. Use `nonfinite="skip"` to leave such steps out.',
+        bad,
+    )
+
+
+def _skip_if_nonfinite(
+    norm: Tensor, gradients: Gradients, optimizer: Optimizer | None, grad_scaler: GradScaler | None
+) -> None:
+    """See to it that the coming step moves no weight if the norm is not finite: neither momentum nor weight decay."""
+    if not reads_are_free(norm.device) and not _must_not_skip_itself(optimizer, gradients):
+        if grad_scaler is not None and grad_scaler.is_enabled():
+            return  # it has found the infinity when it unscaled, and skips the step
+        if _steps_with_found_inf(optimizer):
+            # A fused step that finds 1 here leaves weights and state as they are.
+            optimizer.found_inf = (norm < math.inf).logical_not().to(torch.float32)  # type: ignore[union-attr]
+            optimizer._found_inf_is_the_clippers = True  # type: ignore[union-attr]
+            return
+    if not math.isfinite(norm.item()):
+        for parameter in gradients.parameters:
+            parameter.grad = None
+
+
+def _steps_with_found_inf(optimizer: Optimizer | None) -> bool:
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _must_not_skip_itself(optimizer: Optimizer | None, gradients: Gradients) -> bool:
+    """Whether a fused step that is told to skip would leave uninitialised memory as momentum behind.
+
+    Fused SGD allocates its momentum buffers in the first step without filling them, and a skipped kernel leaves them
+    so (torch 2.13, also under a `GradScaler`). That step must be skipped by having no gradients.
+    """
+    return (
+        _steps_with_found_inf(optimizer)
+        and any(group.get("momentum") for group in optimizer.param_groups)  # type: ignore[union-attr]
+        and len(optimizer.state) < len(gradients.parameters)  # type: ignore[union-attr]
+    )
+
+
+def _forget_found_inf(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Take back what :func:`_skip_if_nonfinite` told a fused optimizer: torch would believe it at every later step."""
+    if optimizer.__dict__.pop("_found_inf_is_the_clippers", False):  # else it is the scaler's, which deletes it itself
+        del optimizer.found_inf  # type: ignore[attr-defined]

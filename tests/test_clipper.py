@@ -1,0 +1,398 @@
+"""GradientClipper in plain PyTorch: what is measured, decided and clipped."""
+
+from __future__ import annotations
+
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from helpers import norm_of, with_gradient
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_autoclip import Constant, GradientClipper, NonFiniteGradientError, Percentile, ZScore, gradients
+
+GRADIENT = (2.0, -6.0, 8.0, -3.0, 5.0)
+ENTRIES = st.floats(-(2**10), 2**10, width=32).filter(lambda x: x == 0 or abs(x) > 2**-10)
+
+
+@pytest.fixture(params=["cpu form", "accelerator form"])
+def form(request, monkeypatch):
+    """Both forms of every shortcut: with reads by the host, which are free on the CPU, and without."""
+    if request.param == "accelerator form":
+        monkeypatch.setattr("lightning_autoclip.gradients.reads_are_free", lambda device: False)
+        monkeypatch.setattr("lightning_autoclip.clipper.reads_are_free", lambda device: False)
+    return request.param
+
+
+def clip(policy, *parameters, **kwargs):
+    return GradientClipper(policy, **kwargs).clip_(parameters)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "threshold", "expected"),
+    [("value", 4.0, (2, -4, 4, -3, 4)), ("norm", 6.0, (1.02, -3.06, 4.08, -1.53, 2.55))],
+    ids=["value", "norm"],
+)
+def test_the_worked_examples(form, algorithm, threshold, expected):
+    parameter = with_gradient(GRADIENT)
+    record = clip(Constant(threshold), parameter, gradient_clip_algorithm=algorithm)
+    assert parameter.grad.tolist() == pytest.approx(expected, abs=0.01)
+    assert record.norm.item() == pytest.approx(11.75, abs=0.005)
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(ENTRIES, min_size=1, max_size=5), min_size=1, max_size=4), st.floats(0.125, 64, width=32))
+def test_by_norm_the_norm_is_at_most_the_threshold_and_untouched_below(entries, threshold):
+    parameters = [with_gradient(row) for row in entries]
+    norm = norm_of(parameters)
+    record = clip(Constant(threshold), *parameters)
+    assert record.norm.item() == pytest.approx(norm, rel=1e-6)
+    if record.norm <= record.threshold:
+        assert [parameter.grad.tolist() for parameter in parameters] == entries
+    else:
+        assert norm_of(parameters) == pytest.approx(threshold, rel=1e-5)
+
+
+@settings(deadline=None)
+@given(st.lists(ENTRIES, min_size=1, max_size=8), st.floats(0.125, 64, width=32))
+def test_by_value_every_entry_is_clamped_and_no_other_changes(entries, threshold):
+    parameter = with_gradient(entries)
+    clip(Constant(threshold), parameter, gradient_clip_algorithm="value")
+    assert parameter.grad.tolist() == np.clip(entries, -threshold, threshold).tolist()
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("window", [5, None], ids=["window", "full"])
+def test_thresholds_follow_numpys_percentile_of_the_raw_norms(form, algorithm, window):
+    steps = np.random.default_rng(0).lognormal(0, 1, (30, 6)).astype(np.float32)
+    clipper = GradientClipper(Percentile(30, 1.5), gradient_clip_algorithm=algorithm, window=window)
+    history = []
+    for step in steps:
+        parameters = [with_gradient(step[:4]), with_gradient(step[4:])]
+        record = clipper.clip_(parameters)
+        norm = np.linalg.norm(step.astype(np.float64))
+        history.append(norm if algorithm == "norm" else norm / math.sqrt(6))
+        threshold = 1.5 * np.percentile(history if window is None else history[-window:], 30)
+        assert record.statistic.item() == pytest.approx(history[-1], rel=1e-6)
+        assert record.threshold.item() == pytest.approx(threshold, rel=1e-5)
+        expected = step * min(1, threshold / norm) if algorithm == "norm" else step.clip(-threshold, threshold)
+        np.testing.assert_allclose(torch.cat([p.grad for p in parameters]).numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("policy", [Percentile(25), ZScore(0.5)], ids=["percentile", "zscore"])
+def test_a_loss_of_another_scale_is_clipped_alike(form, algorithm, policy):
+    def clipped(scale: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        clipper = GradientClipper(policy, gradient_clip_algorithm=algorithm)
+        parameters = [with_gradient(torch.randn(8, generator=generator) * scale) for _ in range(20)]
+        for parameter in parameters:
+            clipper.clip_([parameter])
+        return torch.stack([parameter.grad for parameter in parameters])
+
+    assert torch.equal(clipped(1.0) * 1024, clipped(1024.0))  # a power of two, so that scaling does not round
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_percentile_100_never_changes_a_bit(form, dtype):
+    clipper = GradientClipper(Percentile(100))
+    for i in range(20):
+        parameter = with_gradient(torch.randn(50, generator=torch.Generator().manual_seed(i)), dtype)
+        before = parameter.grad.clone()
+        record = clipper.clip_([parameter])
+        assert record.norm <= record.threshold
+        assert torch.equal(parameter.grad, before)
+
+
+def test_the_first_step_is_never_clipped(form):
+    record = clip(Percentile(10), with_gradient(GRADIENT))
+    assert record.norm == record.threshold
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_half_precision_gradients_are_measured_in_float32(form, dtype, scale):
+    parameters = [with_gradient(torch.linspace(-scale, scale, 5000), dtype) for _ in range(3)]
+    norm = norm_of(parameters)
+    record = clip(Constant(norm / 2), *parameters)
+    assert record.norm.dtype == torch.float32
+    assert record.norm.item() == pytest.approx(norm, rel=1e-6)
+    assert norm_of(parameters) == pytest.approx(norm / 2, rel=2e-3)
+
+
+def test_gradients_of_several_dtypes_are_one_vector(form):
+    parameters = [with_gradient([3.0], torch.float64), with_gradient([4.0], torch.bfloat16), with_gradient([12.0])]
+    record = clip(Constant(1.3), *parameters)
+    assert record.norm.item() == pytest.approx(13)
+    assert [parameter.grad.item() for parameter in parameters] == pytest.approx([0.3, 0.4, 1.2], rel=1e-2)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_sparse_gradients_are_clipped_as_their_dense_form(form, algorithm):
+    def embedding(sparse: bool) -> nn.Embedding:
+        torch.manual_seed(0)
+        layer = nn.Embedding(10, 3, sparse=sparse)
+        (layer(torch.tensor([1, 1, 4])).square().sum() * 2).backward()
+        return layer
+
+    sparse, dense = embedding(True), embedding(False)
+    for layer in (sparse, dense):
+        clipper = GradientClipper(Constant(0.5), gradient_clip_algorithm=algorithm)
+        layer.record = clipper.clip_(layer.parameters())
+    torch.testing.assert_close(sparse.weight.grad.to_dense(), dense.weight.grad)
+    torch.testing.assert_close(torch.stack(sparse.record), torch.stack(dense.record))
+
+
+def test_complex_gradients_are_measured_by_their_magnitude(form):
+    parameter = with_gradient([3 + 4j, 0j], torch.complex64)
+    assert clip(Constant(1.0), parameter).norm == 5
+    assert parameter.grad.tolist() == pytest.approx([0.6 + 0.8j, 0])
+
+
+def test_only_the_optimizers_own_parameters_are_measured_and_clipped(form):
+    mine, other, frozen = with_gradient([3.0]), with_gradient([100.0]), nn.Parameter(torch.zeros(1))
+    optimizer = SGD([{"params": [mine]}, {"params": [frozen], "lr": 1.0}], lr=0.1)
+    record = GradientClipper(Constant(1.5)).clip_(optimizer)
+    assert (record.norm, mine.grad, other.grad, frozen.grad) == (3, 1.5, 100, None)
+
+
+def test_nothing_is_recorded_where_there_is_no_gradient(form):
+    clipper = GradientClipper(Percentile(10))
+    assert clipper.clip_([nn.Parameter(torch.zeros(3))]) is None
+    assert clipper.history.recorded.numel() == 0
+
+
+def test_gradients_of_exactly_zero_do_not_pull_the_threshold_to_zero(form):
+    clipper = GradientClipper(Percentile(10))
+    for entry in [0.0] * 50 + [2.0, 4.0]:
+        parameter = with_gradient([entry])
+        record = clipper.clip_([parameter])
+    assert record.threshold.item() == parameter.grad.item() == pytest.approx(2.2)
+    assert clipper.history.recorded.tolist() == [2.0, 4.0]
+    assert clipper.nonfinite_total == 0
+
+
+def test_warmup_observes_without_clipping(form):
+    clipper = GradientClipper(Constant(1.0), warmup_steps=2)
+    clipped = []
+    for entry in (5.0, math.nan, 6.0, 7.0):
+        parameter = with_gradient([entry])
+        clipper.clip_([parameter])
+        clipped.append(None if parameter.grad is None else parameter.grad.item())
+    assert [value for value in clipped if value is not None and value == value] == pytest.approx([5.0, 6.0, 1.0])
+    assert clipper.history.recorded.tolist() == [5.0, 6.0, 7.0]
+
+
+def test_max_threshold_bounds_the_threshold_also_in_the_warmup(form):
+    clipper = GradientClipper(Percentile(100), warmup_steps=1, max_threshold=2.0)
+    assert [clipper.clip_([with_gradient([entry])]).threshold.item() for entry in (5.0, 1.0, 1.5)] == [2.0, 2.0, 2.0]
+
+
+# --- gradients that are not finite ------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "fused sgd": lambda parameters: SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1, fused=True),
+    "adamw": lambda parameters: AdamW(parameters, lr=0.1),
+    "fused adamw": lambda parameters: AdamW(parameters, lr=0.1, fused=True),
+}
+BAD = [math.nan, math.inf, -math.inf]
+
+
+def train(optimizer_name: str, entries: list[list[float]], **kwargs) -> tuple[nn.Parameter, GradientClipper]:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = OPTIMIZERS[optimizer_name]([weight])
+    clipper = GradientClipper(Percentile(50), **kwargs)
+    for entry in entries:
+        weight.grad = torch.tensor(entry)
+        clipper.clip_(optimizer)
+        optimizer.step()
+        assert not hasattr(optimizer, "found_inf")
+    return weight, clipper
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bad", BAD, ids=str)
+@pytest.mark.parametrize("where", ["first", "in a row", "last"])
+def test_a_skipped_step_leaves_weights_momentum_and_record_as_they_were(form, algorithm, name, bad, where):
+    good = [[1.0, 2.0], [3.0, 1.0], [0.5, 0.1], [2.0, 2.0]]
+    at = {"first": [0], "in a row": [2, 2, 2], "last": [4]}[where]
+    entries = list(good)
+    for index in at:
+        entries.insert(index, [bad, 1.0])
+    weight, clipper = train(name, entries, gradient_clip_algorithm=algorithm)
+    expected, clean = train(name, good, gradient_clip_algorithm=algorithm)
+    assert torch.equal(weight, expected)
+    assert torch.equal(clipper.history.recorded, clean.history.recorded)
+    assert (clipper.nonfinite_total, clean.nonfinite_total) == (len(at), 0)
+
+
+def test_ignore_leaves_the_gradient_as_it_is(form):
+    for algorithm in ("norm", "value"):
+        parameter = with_gradient([math.inf, 5.0])
+        clip(Constant(1.0), parameter, nonfinite="ignore", gradient_clip_algorithm=algorithm)
+        assert parameter.grad.tolist() == [math.inf, 5.0]
+
+
+def test_raise_names_the_parameters(form):
+    fine, bad = with_gradient([1.0]), with_gradient([math.nan])
+    with pytest.raises(NonFiniteGradientError, match="norm is nan; 1 of 2 parameters") as error:
+        clip(Constant(1.0), fine, bad, nonfinite="raise")
+    assert error.value.parameters == [bad]
+
+
+# --- no host reads ----------------------------------------------------------------------------------------------------
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails at every operator that hands a tensor's content to the host."""
+
+    forbidden = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.forbidden, f"{func} reads the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", [Percentile(10), ZScore(), Constant(1.0)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize(("nonfinite", "fused"), [("skip", True), ("ignore", False)])
+@pytest.mark.parametrize("window", [4, None], ids=str)
+def test_a_step_on_an_accelerator_reads_nothing_back(monkeypatch, policy, algorithm, nonfinite, fused, window):
+    monkeypatch.setattr("lightning_autoclip.gradients.reads_are_free", lambda device: False)
+    monkeypatch.setattr("lightning_autoclip.clipper.reads_are_free", lambda device: False)
+    parameters = [with_gradient([1.0, 2.0]), with_gradient([3.0], torch.bfloat16)]
+    optimizer = SGD(parameters, lr=0.1, fused=fused)
+    clipper = GradientClipper(
+        policy, gradient_clip_algorithm=algorithm, nonfinite=nonfinite, window=window, warmup_steps=2, max_threshold=9.0
+    )
+    with NoHostReads():
+        for _ in range(6):
+            clipper.clip_(optimizer)
+
+
+def test_the_check_for_host_reads_can_fail():
+    with NoHostReads(), pytest.raises(AssertionError, match="reads the host"):
+        torch.ones(()).item()
+
+
+def test_only_the_cpu_is_read_for_free():
+    assert gradients.reads_are_free(torch.device("cpu"))
+    assert not any(gradients.reads_are_free(torch.device(name)) for name in ("cuda", "mps", "xla", "xpu", "hpu"))
+
+
+# --- one clipper, one optimizer ---------------------------------------------------------------------------------------
+
+
+def test_a_second_optimizer_is_refused_until_the_first_is_released():
+    first, second = (SGD([with_gradient([1.0])], lr=0.1) for _ in range(2))
+    clipper = GradientClipper(Percentile(10))
+    clipper.clip_(first)
+    with pytest.raises(ValueError, match="Use one `GradientClipper` per optimizer"):
+        clipper.clip_(second)
+    clipper.release()
+    clipper.clip_(second)
+    assert clipper.history.recorded.tolist() == [1.0, 1.0]
+
+
+def test_a_clipper_pickles_with_its_record():
+    optimizer = SGD([with_gradient([2.0])], lr=0.1)
+    clipper = GradientClipper(Percentile(10), window=None)
+    clipper.clip_(optimizer)
+    copy = pickle.loads(pickle.dumps(clipper))
+    copy.clip_([with_gradient([3.0])])
+    assert copy.history.recorded.tolist() == [2.0, 3.0]
+
+
+# --- torch.amp.GradScaler in a plain loop -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("unscale", [True, False], ids=["unscaled first", "scaled"])
+def test_with_a_scaler_a_step_is_the_one_without(form, algorithm, name, unscale):
+    def run(scaler: torch.amp.GradScaler | None) -> tuple[torch.Tensor, GradientClipper]:
+        torch.manual_seed(0)
+        net = nn.Linear(4, 1)
+        optimizer = OPTIMIZERS[name](net.parameters())
+        clipper = GradientClipper(Percentile(50), gradient_clip_algorithm=algorithm)
+        for factor in (math.inf, 1.0, 5.0, math.inf, 0.5, 7.0):
+            optimizer.zero_grad()
+            loss = net(torch.randn(8, 4)).square().mean() * factor
+            if scaler is None:
+                loss.backward()
+                clipper.clip_(optimizer)
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                if unscale and not name.startswith("fused"):
+                    scaler.unscale_(optimizer)
+                clipper.clip_(optimizer, scaler)
+                scaler.step(optimizer)
+                scaler.update()
+        return torch.cat([p.detach().flatten() for p in net.parameters()]), clipper
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    (scaled, clipper), (plain, reference) = run(scaler), run(None)
+    torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(clipper.history.recorded, reference.history.recorded)
+    assert clipper.nonfinite_total == reference.nonfinite_total == 2
+    assert scaler.get_scale() == 256.0  # it saw both overflows and backed off
+
+
+def test_a_disabled_scaler_is_no_scaler():
+    parameter = with_gradient([2.0])
+    GradientClipper(Constant(1.0)).clip_(SGD([parameter], lr=0.1), torch.amp.GradScaler("cpu", enabled=False))
+    assert parameter.grad == 1.0
+
+
+def test_a_scaler_without_its_optimizer_is_refused():
+    with pytest.raises(ValueError, match="Expected the optimizer beside `grad_scaler`"):
+        GradientClipper(Constant(1.0)).clip_([with_gradient([2.0])], torch.amp.GradScaler("cpu"))
+
+
+def test_raise_waits_until_the_scale_is_down_to_one():
+    for scale, raises in ((2.0, False), (1.0, True)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        weight = nn.Parameter(torch.ones(1))
+        optimizer = SGD([weight], lr=0.1)
+        scaler.scale(weight.sum() * math.inf).backward()
+        scaler.unscale_(optimizer)
+        clipper = GradientClipper(Constant(1.0), nonfinite="raise")
+        if raises:
+            with pytest.raises(NonFiniteGradientError):
+                clipper.clip_(optimizer, scaler)
+        else:
+            clipper.clip_(optimizer, scaler)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"policy": 10}, TypeError, "Expected `policy` to be a `Policy` such as `Percentile"),
+        ({"gradient_clip_algorithm": "max"}, ValueError, "Expected `gradient_clip_algorithm` to be one of 'norm', 'v"),
+        ({"nonfinite": "stop"}, ValueError, "Expected `nonfinite` to be one of 'skip', 'raise', 'ignore', but got 's"),
+        ({"nonfinite": None}, ValueError, "Expected `nonfinite` to be one of"),
+        ({"window": 0}, ValueError, "Expected `window` to be an integer of at least 1, or `None`"),
+        ({"window": 1.5}, TypeError, "Expected `window` to be an integer of at least 1, or `None`"),
+        ({"warmup_steps": -1}, ValueError, "Expected `warmup_steps` to be an integer of at least 0, but got -1"),
+        ({"warmup_steps": 0.5}, TypeError, "Expected `warmup_steps` to be an integer of at least 0"),
+        ({"max_threshold": 0}, ValueError, "Expected `max_threshold` to be a number above 0, or `None`, but got 0"),
+        ({"max_threshold": math.nan}, ValueError, "Expected `max_threshold` to be a number above 0"),
+        ({"max_threshold": "1"}, TypeError, "Expected `max_threshold` to be a number above 0"),
+    ],
+    ids=lambda value: repr(value) if isinstance(value, dict) else "",
+)
+def test_a_bad_argument_is_refused(arguments, error, message):
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        GradientClipper(**{"policy": Percentile(10), **arguments})
