@@ -1,0 +1,357 @@
+"""The Lightning callbacks: hooks and checkpoint state, no arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, tensor
+from torch.optim import LBFGS, Optimizer
+
+from lightning_autoclip.clipper import Algorithm, GradientClipper, NonFinite, NonFiniteGradientError
+from lightning_autoclip.policies import Percentile, Policy
+from lightning_autoclip.recorder import Recorder
+from lightning_autoclip.strategies import check_strategy, grad_scaler
+from lightning_autoclip.wandb import describe_run, is_wandb
+
+_ROWS_WITHOUT_LOGGING = 1024  # steps between two summaries with `Trainer(log_every_n_steps=0)`
+
+
+class GradientClipping(Callback):
+    """Clips gradients at a threshold that a policy sets from the norms of past steps.
+
+    Add it to the Trainer instead of ``gradient_clip_val``, once: a Trainer takes one clipping callback. Each optimizer has a record and a threshold of its own,
+    which are saved in every checkpoint and restored by ``trainer.fit(ckpt_path=...)``. What happened is logged to every
+    logger of the Trainer, one row per ``log_every_n_steps``, under ``autoclip/`` (``autoclip/<optimizer>/`` if there
+    are several).
+
+    Args:
+        policy: From recorded norms to a threshold: `Percentile`, `ZScore`, `Constant`, or a `Policy` of your own.
+        gradient_clip_algorithm: ``"norm"`` or ``"value"``, as the Trainer's own argument.
+        window: How many of the last optimizer steps the policy sees, at least 1; ``None`` for all of them.
+        warmup_steps: The first so many recorded steps are observed, not clipped.
+        max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
+        nonfinite: What happens to a step whose gradient holds a NaN or an infinity: ``"skip"``, ``"raise"`` or
+            ``"ignore"``; see `GradientClipper`.
+        log_every_step: Also log the exact series ``autoclip/step/grad_norm`` and ``autoclip/step/threshold``.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range.
+        MisconfigurationException: At the start of fit, where something else clips too, or the strategy or the
+            optimizer is not supported.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        gradient_clip_algorithm: Algorithm = "norm",
+        window: int | None = 100,
+        warmup_steps: int = 0,
+        max_threshold: float | None = None,
+        nonfinite: NonFinite = "skip",
+        log_every_step: bool = False,
+    ) -> None:
+        if not isinstance(log_every_step, bool):
+            raise TypeError(f"Expected `log_every_step` to be a bool, but got {log_every_step!r}.")
+        self.policy = policy
+        self.log_every_step = log_every_step
+        self._arguments: dict[str, Any] = {
+            "gradient_clip_algorithm": gradient_clip_algorithm,
+            "window": window,
+            "warmup_steps": warmup_steps,
+            "max_threshold": max_threshold,
+            "nonfinite": nonfinite,
+        }
+        self._new_clipper()  # refuses bad arguments now rather than at the start of fit
+        self.clippers: list[GradientClipper] = []  # one per optimizer
+        self._recorders: list[Recorder] = []
+        self._steps_seen: list[int | None] = []  # per optimizer: `global_step` when the hook ran last
+        self._stage: str | None = None
+        self._batch_idx: int | None = None
+        self._backward_ran = False
+
+    @property
+    def state_key(self) -> str:
+        """The key of the state in a checkpoint: one for all settings, so that a changed one is noticed at a resume."""
+        return "GradientClipping"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments, as plain values."""
+        policy = self.policy
+        name = repr(policy) if dataclasses.is_dataclass(policy) else type(policy).__qualname__
+        return {"policy": name, **self._arguments}
+
+    # --- start of fit -------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what would clip twice or wrongly; start a new record for a new training."""
+        self._stage = stage
+        if stage != "fit":
+            return
+        if trainer.gradient_clip_val:
+            raise MisconfigurationException(
+                f"`Trainer(gradient_clip_val={trainer.gradient_clip_val})` and `{type(self).__name__}` would both clip."
+                " Remove `gradient_clip_val` (`GradientClipping(Constant(...))` clips at a fixed threshold)."
+            )
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        if sum(isinstance(callback, GradientClipping) for callback in callbacks) > 1:
+            raise MisconfigurationException(
+                "The Trainer has several clipping callbacks, and each would record what the one before it has clipped."
+                " Keep one; several optimizers need only one."
+            )
+        hook = pl_module.configure_gradient_clipping
+        if pl_module.automatic_optimization and not hook.__module__.startswith(("lightning.", "pytorch_lightning.")):
+            raise MisconfigurationException(
+                f"`{type(pl_module).__name__}.configure_gradient_clipping` is overridden and would clip what"
+                f" `{type(self).__name__}` has clipped. Remove the override or the callback."
+            )
+        check_strategy(trainer)
+        if trainer.global_step == 0:  # fitting on with the same Trainer keeps the record
+            self.clippers = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give each optimizer its clipper, or check that the restored ones fit."""
+        optimizers = trainer.optimizers
+        if any(isinstance(optimizer, LBFGS) for optimizer in optimizers):
+            raise MisconfigurationException(
+                "LBFGS computes its gradients several times per step and searches along them; clipping them breaks the"
+                f" search. Remove `{type(self).__name__}` or use another optimizer."
+            )
+        if not self.clippers:
+            self.clippers = [self._new_clipper() for _ in optimizers]
+        elif len(self.clippers) != len(optimizers):
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` holds the records of {len(self.clippers)} optimizers, but the model has"
+                f" {len(optimizers)}. Resume with the optimizers that the run was started with."
+            )
+        by_value = self._arguments["gradient_clip_algorithm"] == "value"
+        self._recorders = [Recorder(prefix, by_value, self.log_every_step) for prefix in _prefixes(optimizers)]
+        self._steps_seen, self._batch_idx = [None] * len(optimizers), None
+        for clipper in self.clippers:
+            clipper.release()  # a second fit has new optimizers
+        if trainer.is_global_zero and _log_every(trainer):
+            keys = [key for recorder in self._recorders for key in recorder.keys]
+            for logger in filter(is_wandb, trainer.loggers):
+                describe_run(logger, keys, self.settings)
+
+    # --- every step ---------------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note the batch, for error messages and for steps without a backward pass."""
+        self._batch_idx, self._backward_ran = batch_idx, False
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that this batch has computed gradients."""
+        self._backward_ran = True
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Measure, record, decide, clip."""
+        index = next(i for i, candidate in enumerate(trainer.optimizers) if candidate is optimizer)
+        scaler = grad_scaler(trainer)
+        if trainer.fit_loop._skip_backward:
+            return  # StochasticWeightAveraging passes over the data once more: the gradients are stale
+        if scaler is not None and pl_module.automatic_optimization and not self._backward_ran:
+            self._steps_seen[index] = trainer.global_step
+            return  # `training_step` returned None: Lightning neither unscales the gradients nor steps
+        if self._steps_seen[index] == trainer.global_step:
+            raise MisconfigurationException(
+                f"`{type(optimizer).__name__}` computes its gradients several times per step, which"
+                f" `{type(self).__name__}` does not support. Remove the callback or use another optimizer."
+            )
+        self._steps_seen[index] = trainer.global_step
+        try:
+            record = self.clippers[index].clip_(optimizer, scaler)
+        except NonFiniteGradientError as error:
+            raise self._located(error, trainer, pl_module) from None
+        if record is not None:
+            self._recorders[index].add(record, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log a row every ``log_every_n_steps``."""
+        every = _log_every(trainer) or _ROWS_WITHOUT_LOGGING
+        if any(recorder.is_due(every) for recorder in self._recorders):
+            self._flush(trainer)
+
+    # --- end of fit and checkpoints -----------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log what is left; warn of optimizers that stepped past the callback."""
+        self._flush(trainer)
+        for optimizer, seen in zip(trainer.optimizers, self._steps_seen, strict=True):
+            if seen is None and self._batch_idx is not None:
+                rank_zero_warn(
+                    f"`{type(self).__name__}` saw no step of `{type(optimizer).__name__}` in this fit, so none was"
+                    " clipped. In manual optimization, step what `self.optimizers()` returns: `optimizer.step()`, not"
+                    " `optimizer.optimizer.step()`."
+                )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Log what is left before the run ends."""
+        try:
+            self._flush(trainer)
+        except RuntimeError as error:  # the device may be what failed: let the first exception be the one that shows
+            rank_zero_warn(f"`{type(self).__name__}` could not log its last rows: {error}")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Log what the checkpoint counts as done: a resumed run neither repeats nor misses a row."""
+        self._flush(trainer)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Warn of a checkpoint that was written without this callback."""
+        if self._stage == "fit" and self.state_key not in checkpoint["callbacks"]:
+            rank_zero_warn(
+                f"The checkpoint was written without `{type(self).__name__}`, so the record of gradient norms starts"
+                " empty: the first thresholds come from few steps. Use `warmup_steps` to observe first."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record of each optimizer, and the settings that it was made with."""
+        if not self.clippers:
+            return {}
+        return {"settings": self.settings, "optimizers": [clipper.state_dict() for clipper in self.clippers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the records.
+
+        With another policy, window or other setting the recorded norms are kept, the newest ones if the window is
+        smaller, and a warning says so.
+
+        Raises:
+            ValueError: The state is damaged, not of this callback, or of the other ``gradient_clip_algorithm``, whose
+                record has another unit.
+        """
+        if self._stage not in ("fit", None):
+            return  # `trainer.test(ckpt_path=...)` must not take back what a later fit goes on with
+        try:
+            self._compare_settings(state_dict["settings"])
+            clippers = [self._new_clipper() for _ in state_dict["optimizers"]]
+            for clipper, state in zip(clippers, state_dict["optimizers"], strict=True):
+                clipper.load_state_dict(state)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"The checkpoint's state of `{self.state_key}` is damaged or not of this callback ({error!r}). Resume"
+                " from another checkpoint, or delete that entry to start with an empty record."
+            ) from error
+        self.clippers = clippers
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the stage that :meth:`setup` entered."""
+        self._stage = None
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    def _new_clipper(self) -> GradientClipper:
+        return GradientClipper(self.policy, **self._arguments)
+
+    def _compare_settings(self, written: dict[str, Any]) -> None:
+        changed = {key: value for key, value in self.settings.items() if written[key] != value}
+        if "gradient_clip_algorithm" in changed:
+            raise ValueError(
+                f"The checkpoint's record was made with gradient_clip_algorithm={written['gradient_clip_algorithm']!r},"
+                " whose thresholds have another unit. Resume with that algorithm, or delete"
+                f" `checkpoint['callbacks']['{self.state_key}']` to start with an empty record."
+            )
+        if changed:
+            was = ", ".join(f"{key}={written[key]}" for key in changed)
+            now = ", ".join(f"{key}={value}" for key, value in changed.items())
+            rank_zero_warn(f"The checkpoint was written with {was}; this run goes on with {now} on the same record.")
+
+    def _flush(self, trainer: Trainer) -> None:
+        """Send the rows that are held to every logger, and the last ones to ``trainer.callback_metrics``."""
+        loggers = trainer.loggers if trainer.is_global_zero and _log_every(trainer) else ()
+        for recorder in self._recorders:
+            for step, row in recorder.flush():
+                for logger in loggers:
+                    logger.log_metrics(row, step=step)
+            metrics: dict[str, Tensor] = {key: tensor(value) for key, value in recorder.last_row.items()}
+            trainer.callback_metrics.update(metrics)
+
+    def _located(
+        self, error: NonFiniteGradientError, trainer: Trainer, pl_module: LightningModule
+    ) -> NonFiniteGradientError:
+        """The error with what only the Trainer knows: step, batch and the parameters' names."""
+        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        bad = ", ".join(names.get(id(parameter), "(not in the model)") for parameter in error.parameters)
+        where = f"optimizer step {trainer.global_step}, epoch {trainer.current_epoch}, batch {self._batch_idx}"
+        return NonFiniteGradientError(f"{error} At {where}. Parameters: {bad}.", error.parameters)
+
+
+class AutoClip(GradientClipping):
+    """Picks the clipping threshold by itself: a running percentile of the gradient norms of past steps.
+
+    A preset of `GradientClipping` with the policy `Percentile`.
+
+    Args:
+        percentile: Between 0 and 100, of the recorded norms including the current one. A low one normalises most
+            steps, 90 cuts spikes only, 100 by norm never clips (observes).
+        multiplier: Above 0: the threshold is so many times the percentile. By default 1 by norm, and 3 by value, where
+            the percentile is one of the root-mean-square entry.
+        gradient_clip_algorithm: ``"norm"`` or ``"value"``, as the Trainer's own argument.
+        window: How many of the last optimizer steps count, at least 1; ``None`` for all of them, as in the paper.
+        warmup_steps: The first so many recorded steps are observed, not clipped.
+        max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
+        nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``; see `GradientClipper`.
+        log_every_step: Also log the exact series ``autoclip/step/grad_norm`` and ``autoclip/step/threshold``.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_autoclip import AutoClip
+        >>> trainer = Trainer(callbacks=[AutoClip(percentile=10)], logger=False, enable_checkpointing=False)
+
+    References:
+        Seetharaman et al., `AutoClip: Adaptive Gradient Clipping for Source Separation Networks
+        <https://arxiv.org/abs/2007.14469>`_, 2020.
+    """
+
+    def __init__(
+        self,
+        percentile: float = 10.0,
+        *,
+        multiplier: float | None = None,
+        gradient_clip_algorithm: Algorithm = "norm",
+        window: int | None = 100,
+        warmup_steps: int = 0,
+        max_threshold: float | None = None,
+        nonfinite: NonFinite = "skip",
+        log_every_step: bool = False,
+    ) -> None:
+        if multiplier is None:
+            multiplier = 3.0 if gradient_clip_algorithm == "value" else 1.0
+        super().__init__(
+            Percentile(percentile, multiplier),
+            gradient_clip_algorithm=gradient_clip_algorithm,
+            window=window,
+            warmup_steps=warmup_steps,
+            max_threshold=max_threshold,
+            nonfinite=nonfinite,
+            log_every_step=log_every_step,
+        )
+
+
+def _log_every(trainer: Trainer) -> int:
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+    return every
+
+
+def _prefixes(optimizers: list[Optimizer]) -> list[str]:
+    """``autoclip/`` for one optimizer; for several their class names too, numbered as `LearningRateMonitor` does."""
+    if len(optimizers) == 1:
+        return ["autoclip/"]
+    names: list[str] = []
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        same = sum(other == name or other.startswith(f"{name}-") for other in names)
+        names.append(f"{name}-{same}" if same else name)
+    return [f"autoclip/{name}/" for name in names]

@@ -1,0 +1,287 @@
+"""GradientClipping and AutoClip in a Trainer: what is refused, what is warned of, and several optimizers."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Net, loader, trainer, weights
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from torch import nn
+
+from lightning_autoclip import (
+    AutoClip,
+    Constant,
+    GradientClipping,
+    NonFiniteGradientError,
+    Percentile,
+    Policy,
+    ZScore,
+)
+from lightning_autoclip.strategies import check_strategy
+
+
+def test_a_fixed_threshold_trains_as_lightnings_own_clipping():
+    for algorithm, threshold in (("norm", 0.5), ("value", 0.1)):
+        ours, lightnings, unclipped = Net(), Net(), Net()
+        callback = GradientClipping(Constant(threshold), gradient_clip_algorithm=algorithm)
+        trainer(callback).fit(ours, loader())
+        trainer(gradient_clip_val=threshold, gradient_clip_algorithm=algorithm).fit(lightnings, loader())
+        trainer().fit(unclipped, loader())
+        torch.testing.assert_close(weights(ours), weights(lightnings))
+        assert not torch.allclose(weights(ours), weights(unclipped))
+
+
+def test_autoclip_at_100_trains_as_no_clipping_to_the_bit():
+    observed, plain = Net(), Net()
+    trainer(AutoClip(100)).fit(observed, loader())
+    trainer().fit(plain, loader())
+    assert torch.equal(weights(observed), weights(plain))
+
+
+def test_autoclip_is_gradient_clipping_with_a_percentile():
+    preset, general = Net(), Net()
+    trainer(AutoClip(30, window=5, warmup_steps=2)).fit(preset, loader())
+    trainer(GradientClipping(Percentile(30), window=5, warmup_steps=2)).fit(general, loader())
+    assert torch.equal(weights(preset), weights(general))
+
+
+@pytest.mark.parametrize(("algorithm", "multiplier"), [("norm", 1.0), ("value", 3.0)])
+def test_the_default_multiplier_follows_the_algorithm(algorithm, multiplier):
+    assert AutoClip(gradient_clip_algorithm=algorithm).policy == Percentile(10, multiplier)
+    assert AutoClip(multiplier=2, gradient_clip_algorithm=algorithm).policy == Percentile(10, 2.0)
+
+
+def test_a_policy_of_ones_own_sets_the_threshold():
+    class Median(Policy):
+        def __call__(self, norms, count):
+            return norms[:1] * 0 + 0.25
+
+    seen = []
+
+    class After(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            seen.append(math.sqrt(sum(float(p.grad.square().sum()) for p in pl_module.parameters())))
+
+    trainer(GradientClipping(Median()), After()).fit(Net(), loader(scales=[100.0]))
+    assert seen == pytest.approx([0.25] * 16, rel=1e-5)
+
+
+# --- several optimizers -----------------------------------------------------------------------------------------------
+
+
+class TwoOptimizers(Net):
+    """Manual optimization; while one optimizer steps, the other's parameters hold gradients too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.seen: list[list[tuple[float, float]]] = [[], []]
+
+    def training_step(self, batch, batch_idx) -> None:
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(self.loss(batch))
+        first.step()
+        if batch_idx % 2:
+            second.step()
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        index = self.trainer.optimizers.index(optimizer)
+        self.seen[index].append(tuple(self.norm(layer) for layer in (self.net[0], self.net[2])))
+
+    @staticmethod
+    def norm(layer: nn.Module) -> float:
+        return float(sum(p.grad.double().square().sum() for p in layer.parameters()) ** 0.5)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 2)]
+
+
+def test_each_optimizer_has_its_own_record_and_touches_only_its_own_parameters():
+    class Before(Callback):
+        def __init__(self) -> None:
+            self.norms: list[list[tuple[float, float]]] = [[], []]
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            index = trainer.optimizers.index(optimizer)
+            self.norms[index].append(tuple(pl_module.norm(layer) for layer in (pl_module.net[0], pl_module.net[2])))
+
+    before, autoclip, model = Before(), AutoClip(40), TwoOptimizers()
+    trainer(before, autoclip).fit(model, loader(scales=[1.0, 4.0, 0.5]))
+    assert [clipper.history.recorded.numel() for clipper in autoclip.clippers] == [16, 8]
+    for own in (0, 1):
+        raw = np.array(before.norms[own])
+        np.testing.assert_allclose(autoclip.clippers[own].history.recorded.numpy(), raw[:, own], rtol=1e-6)
+        for i, (was, now) in enumerate(zip(raw, model.seen[own], strict=True)):
+            assert now[own] == pytest.approx(min(was[own], np.percentile(raw[: i + 1, own], 40)), rel=1e-5)
+            assert now[1 - own] == was[1 - own]
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+def refused(match: str, *callbacks: Callback, model: Net | None = None, **kwargs: Any) -> None:
+    with pytest.raises(MisconfigurationException, match=re.escape(match)):
+        trainer(*callbacks, **kwargs).fit(model or Net(), loader())
+
+
+def test_the_trainers_own_clipping_is_refused_beside_the_callback():
+    refused("`Trainer(gradient_clip_val=1.0)` and `AutoClip` would both clip", AutoClip(), gradient_clip_val=1.0)
+    trainer(AutoClip(), gradient_clip_val=0).fit(Net(), loader())  # Lightning's way to say off
+
+
+def test_two_clipping_callbacks_are_refused():
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `GradientClipping`"):
+        trainer(AutoClip(), GradientClipping(ZScore()))  # Lightning's own check, for callbacks with one `state_key`
+
+    class Configured(Net):
+        def configure_callbacks(self):
+            return [GradientClipping(ZScore())]
+
+    refused("several clipping callbacks", AutoClip(), model=Configured())
+
+
+def test_a_module_that_clips_in_its_own_hook_is_refused():
+    class Clipping(Net):
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            self.clip_gradients(optimizer, 1.0, "norm")
+
+    refused("`Clipping.configure_gradient_clipping` is overridden", AutoClip(), model=Clipping())
+
+
+def test_lbfgs_is_refused():
+    refused("LBFGS", AutoClip(), model=Net(lambda parameters: torch.optim.LBFGS(parameters)))
+
+
+def test_an_optimizer_that_calls_its_closure_again_is_refused():
+    class Twice(torch.optim.SGD):
+        def step(self, closure):
+            closure()
+            return super().step(closure)
+
+    model = Net(lambda parameters: Twice(parameters, lr=0.1))
+    refused("`Twice` computes its gradients several times per step", AutoClip(), model=model)
+
+
+@pytest.mark.parametrize("base", [FSDPStrategy, DeepSpeedStrategy, DDPStrategy, SingleDeviceStrategy], ids=str)
+def test_a_subclass_counts_as_the_strategy_that_it_extends(base):
+    class Custom(base):
+        def __init__(self) -> None:
+            pass
+
+    class Fitting:
+        strategy = Custom()
+
+    if base in (DDPStrategy, SingleDeviceStrategy):
+        check_strategy(Fitting())
+    else:
+        with pytest.raises(MisconfigurationException, match=r"does not support the strategy `Custom` yet.*\"ddp\""):
+            check_strategy(Fitting())
+
+
+def test_an_unknown_strategy_is_refused():
+    class Fitting:
+        strategy = object()
+
+    with pytest.raises(MisconfigurationException, match="does not support the strategy `object`"):
+        check_strategy(Fitting())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "name"),
+    [
+        ({"percentile": 101}, ValueError, "percentile"),
+        ({"percentile": math.nan}, ValueError, "percentile"),
+        ({"percentile": True}, TypeError, "percentile"),
+        ({"percentile": "10"}, TypeError, "percentile"),
+        ({"multiplier": 0}, ValueError, "multiplier"),
+        ({"window": 0}, ValueError, "window"),
+        ({"window": 2.5}, TypeError, "window"),
+        ({"warmup_steps": -1}, ValueError, "warmup_steps"),
+        ({"max_threshold": 0}, ValueError, "max_threshold"),
+        ({"gradient_clip_algorithm": "l2"}, ValueError, "gradient_clip_algorithm"),
+        ({"nonfinite": "warn"}, ValueError, "nonfinite"),
+        ({"log_every_step": 1}, TypeError, "log_every_step"),
+    ],
+    ids=repr,
+)
+def test_a_bad_argument_is_refused_at_construction(arguments, error, name):
+    with pytest.raises(error, match=f"Expected `{name}` to be"):
+        AutoClip(**arguments)
+
+
+# --- warned of --------------------------------------------------------------------------------------------------------
+
+
+def test_a_fit_that_steps_past_the_callback_ends_with_a_warning():
+    class Raw(TwoOptimizers):
+        def training_step(self, batch, batch_idx) -> None:
+            first, second = self.optimizers()
+            self.manual_backward(self.loss(batch))
+            first.step()
+            second.optimizer.step()
+
+    with pytest.warns(UserWarning, match=r"saw no step of `SGD` in this fit.*not `optimizer\.optimizer\.step\(\)`"):
+        trainer(AutoClip()).fit(Raw(), loader())
+
+
+def test_an_ordinary_fit_gives_no_warning_of_ours():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(AutoClip()).fit(Net(), loader())
+    assert not [str(w.message) for w in caught if "AutoClip" in str(w.message) or "lightning_autoclip" in w.filename]
+
+
+# --- steps that are none, or not finite -------------------------------------------------------------------------------
+
+
+def test_averaging_of_batchnorm_statistics_records_nothing():
+    class Normed(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net.insert(1, nn.BatchNorm1d(8))
+
+    autoclip = AutoClip()
+    trainer(autoclip, StochasticWeightAveraging(0.05, swa_epoch_start=1), max_epochs=3).fit(Normed(), loader())
+    assert autoclip.clippers[0].history.recorded.numel() == 3 * 16  # the pass over the data at the end takes no step
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("at", [0, 5, 15], ids=["first", "middle", "last"])
+def test_a_bad_batch_is_skipped_as_if_it_had_not_been_there(bad, at):
+    class Spoiled(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (bad if batch_idx == at else 1.0)
+
+    class Without(Net):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == at else super().training_step(batch, batch_idx)
+
+    spoiled, without = Spoiled(), Without()
+    callbacks = [AutoClip(), AutoClip()]
+    for model, callback in zip((spoiled, without), callbacks, strict=True):
+        trainer(callback).fit(model, loader())
+    assert torch.equal(weights(spoiled), weights(without))
+    assert torch.equal(*(callback.clippers[0].history.recorded for callback in callbacks))
+    assert [callback.clippers[0].nonfinite_total for callback in callbacks] == [1, 0]
+
+
+def test_raise_names_step_batch_and_parameters():
+    class Spoiled(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss + (self.net[2].bias * math.nan).sum() if (self.current_epoch, batch_idx) == (1, 3) else loss
+
+    where = r"optimizer step 19, epoch 1, batch 3\. Parameters: net\.2\.bias\."
+    with pytest.raises(NonFiniteGradientError, match=rf"1 of 4 parameters .*{where}"):
+        trainer(AutoClip(nonfinite="raise"), max_epochs=2).fit(Spoiled(), loader())

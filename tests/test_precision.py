@@ -1,0 +1,263 @@
+"""The callback under every precision of Lightning, against float64 arithmetic on the gradients it was handed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Net, loader, trainer, weights
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+
+from lightning_autoclip import AutoClip
+
+MODES = ["32-true", "64-true", "bf16-mixed", "bf16-true", "16-true", "16-mixed"]
+TOLERANCE = {"64-true": 1e-6, "32-true": 1e-5, "bf16-mixed": 1e-5, "16-mixed": 1e-5, "16-true": 2e-3, "bf16-true": 1e-2}
+SCALES = [1.0, 3.0, 0.5, 8.0]
+
+
+class Ledger(Callback):
+    """Notes the true gradient at each optimizer step; one before and one after the clipping callback."""
+
+    def __init__(self) -> None:
+        self.gradients: list[np.ndarray] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        is_scaled = scaler is not None and id(optimizer) not in scaler._per_optimizer_states
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        flat = [p.grad.double().flatten() / (scaler.get_scale() if is_scaled else 1.0) for p in parameters]
+        self.gradients.append(torch.cat(flat).numpy() if flat else np.zeros(0))
+
+
+class Weights(Callback):
+    """Notes all weights and the loss scale after each batch."""
+
+    def __init__(self) -> None:
+        self.after: list[Tensor] = []
+        self.scales: list[float] = []
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        self.after.append(weights(pl_module).clone())
+
+    def on_train_batch_end(self, trainer, pl_module, *args: Any) -> None:
+        self.after.append(weights(pl_module).clone())
+        if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
+            self.scales.append(scaler.get_scale())
+
+
+class ManualNet(Net):
+    automatic_optimization = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+def precision(mode: str, init_scale: float = 1024.0) -> dict[str, Any]:
+    if mode != "16-mixed":
+        return {"precision": mode}
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)  # by itself Lightning takes bfloat16 on the CPU
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+
+
+def sgd(fused: bool, **kwargs: Any):
+    return lambda parameters: SGD(parameters, lr=0.1, fused=fused, **kwargs)
+
+
+def thresholds(gradients: list[np.ndarray], percentile: float, by_value: bool) -> list[float]:
+    norms = [np.linalg.norm(g) / (math.sqrt(g.size) if by_value else 1) for g in gradients if np.isfinite(g).all()]
+    return [(3 if by_value else 1) * np.percentile(norms[: i + 1], percentile) for i in range(len(norms))]
+
+
+def clipped(gradient: np.ndarray, threshold: float, by_value: bool) -> np.ndarray:
+    if by_value:
+        return gradient.clip(-threshold, threshold)
+    return gradient * min(1.0, threshold / np.linalg.norm(gradient))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
+@pytest.mark.parametrize("net", [Net, ManualNet], ids=["automatic", "manual"])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_each_step_is_the_clipped_step_by_hand(mode, fused, net, algorithm):
+    by_value = algorithm == "value"
+    before, after, steps = Ledger(), Ledger(), Weights()
+    autoclip = AutoClip(40, gradient_clip_algorithm=algorithm)
+    model = net(sgd(fused))
+    trainer(before, autoclip, after, steps, max_epochs=2, **precision(mode)).fit(model, loader(scales=SCALES))
+
+    assert len(before.gradients) == 32
+    norms = [np.linalg.norm(g) / (math.sqrt(g.size) if by_value else 1) for g in before.gradients]
+    np.testing.assert_allclose(autoclip.clippers[0].history.recorded.numpy(), norms, rtol=1e-6)
+    limits = thresholds(before.gradients, 40, by_value)
+    some_clipped = 0
+    for i, (raw, limit) in enumerate(zip(before.gradients, limits, strict=True)):
+        expected = clipped(raw, limit, by_value)
+        some_clipped += not np.array_equal(expected, raw)
+        tolerance = TOLERANCE[mode]
+        np.testing.assert_allclose(after.gradients[i], expected, rtol=tolerance, atol=tolerance * limit / 100)
+        if not (fused and mode in ("16-true", "bf16-true")):  # torch 2.13's fused SGD moves no such weight on the CPU
+            step = (steps.after[i] - steps.after[i + 1]).double().numpy()
+            largest = weights(model).abs().max().item()
+            np.testing.assert_allclose(step, 0.1 * expected, rtol=10 * tolerance, atol=tolerance * largest)
+    assert 5 < some_clipped < 32
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
+def test_accumulated_gradients_are_recorded_once_per_step(mode, fused):
+    ledger, autoclip = Ledger(), AutoClip(40)
+    trainer(ledger, autoclip, accumulate_grad_batches=3, **precision(mode)).fit(Net(sgd(fused)), loader(scales=SCALES))
+    assert len(ledger.gradients) == 6  # 16 batches: five full windows and a short one
+    np.testing.assert_allclose(
+        autoclip.clippers[0].history.recorded.numpy(), [np.linalg.norm(g) for g in ledger.gradients], rtol=1e-6
+    )
+
+
+OVERFLOW = [1.0, 1.0, 1.0, 1.0, 1e6, 1e6, 1e6, 1e6, *[2.0] * 4, *[3.0] * 4]  # the second of every four batches
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
+@pytest.mark.parametrize("net", [Net, ManualNet], ids=["automatic", "manual"])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("nonfinite", ["skip", "ignore"])
+def test_an_overflow_under_amp_moves_nothing_and_the_scaler_backs_off(fused, net, algorithm, optimizer, nonfinite):
+    factory = {
+        "sgd": sgd(fused, momentum=0.9, weight_decay=0.1),
+        "adamw": lambda parameters: AdamW(parameters, lr=0.01, fused=fused),
+    }[optimizer]
+    ledger, steps = Ledger(), Weights()
+    autoclip = AutoClip(40, gradient_clip_algorithm=algorithm, nonfinite=nonfinite)
+    trainer(ledger, autoclip, steps, **precision("16-mixed")).fit(net(factory), loader(n=32, scales=OVERFLOW))
+
+    finite = [np.isfinite(g).all() for g in ledger.gradients]
+    assert finite == [True, False, True, True] * 2
+    assert [torch.equal(a, b) for a, b in zip(steps.after[1:], steps.after, strict=False)] == [not f for f in finite]
+    assert steps.scales == [1024.0] + [512.0] * 4 + [256.0] * 3
+    history = autoclip.clippers[0].history.recorded.numpy()
+    scale = math.sqrt(ledger.gradients[0].size) if algorithm == "value" else 1
+    np.testing.assert_allclose(
+        history, [np.linalg.norm(g) / scale for g, f in zip(ledger.gradients, finite, strict=True) if f], rtol=1e-6
+    )
+    assert autoclip.clippers[0].nonfinite_total == 2
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_fused_and_ordinary_optimizers_train_alike_under_amp(optimizer):
+    def train(fused: bool) -> Tensor:
+        factory = {"sgd": sgd(fused, momentum=0.9), "adamw": lambda parameters: AdamW(parameters, lr=0.01, fused=fused)}
+        model = Net(factory[optimizer])
+        # The first step overflows, which is where torch's fused SGD leaves its momentum uninitialised.
+        trainer(AutoClip(), max_epochs=3, **precision("16-mixed")).fit(model, loader(scales=[1e6] * 4 + [1.0] * 60))
+        return weights(model)
+
+    torch.testing.assert_close(train(True), train(False), rtol=1e-4, atol=1e-5)
+
+
+class Forgetful(Net):
+    """Returns no loss for some batches."""
+
+    skipped = (1, 5)
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx in self.skipped else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("mode", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_without_a_loss_record_what_is_stepped_and_no_more(mode, fused, accumulate):
+    ledger, steps, autoclip = Ledger(), Weights(), AutoClip(100)
+    trainer(ledger, autoclip, steps, accumulate_grad_batches=accumulate, **precision(mode)).fit(
+        Forgetful(sgd(fused)), loader(n=32)
+    )
+    moved = [not torch.equal(a, b) for a, b in zip(steps.after[1:], steps.after, strict=False)]
+    assert autoclip.clippers[0].history.recorded.numel() == sum(moved)
+    assert (
+        sum(moved) == {(1, "32-true"): 6, (1, "16-mixed"): 6, (2, "32-true"): 4, (2, "16-mixed"): 2}[accumulate, mode]
+    )
+    if mode == "32-true" and accumulate == 2:  # the gradient of the batch before is stepped: it is clipped too
+        norms = [np.linalg.norm(g) for g in ledger.gradients]
+        np.testing.assert_allclose(autoclip.clippers[0].history.recorded.numpy(), norms, rtol=1e-6)
+
+
+def test_frozen_and_unused_parameters_are_left_out():
+    class Partial(Net):
+        def __init__(self) -> None:
+            super().__init__(sgd(False))
+            self.net[0].requires_grad_(False)
+            self.unused = nn.Linear(3, 3)
+
+    ledger, autoclip = Ledger(), AutoClip(40)
+    trainer(ledger, autoclip).fit(Partial(), loader())
+    assert {g.size for g in ledger.gradients} == {9}
+    np.testing.assert_allclose(
+        autoclip.clippers[0].history.recorded.numpy(), [np.linalg.norm(g) for g in ledger.gradients], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_sparse_and_dense_embeddings_train_alike(algorithm):
+    class Bag(Net):
+        def __init__(self, sparse: bool) -> None:
+            super().__init__(lambda parameters: SGD(parameters, lr=0.1))
+            self.table = nn.Embedding(6, 4, sparse=sparse)
+
+        def loss(self, batch):
+            x, y, scale = batch
+            return super().loss([self.table((x[:, 0] * 10).long().abs() % 6), y, scale])
+
+    models = [Bag(True), Bag(False)]
+    for model in models:
+        trainer(AutoClip(40, gradient_clip_algorithm=algorithm), max_epochs=2).fit(model, loader(scales=SCALES))
+    torch.testing.assert_close(weights(models[0]), weights(models[1]))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "inner"])
+def test_a_compiled_module_trains_as_the_plain_one(whole):
+    class Quiet(Net):
+        def training_step(self, batch, batch_idx):  # `self.log` does not compile
+            return self.loss(batch)
+
+    plain, compiled = Quiet(), Quiet()
+    trainer(AutoClip()).fit(plain, loader())
+    if not whole:
+        compiled.net.compile(backend="aot_eager")
+    trainer(AutoClip()).fit(torch.compile(compiled, backend="aot_eager") if whole else compiled, loader())
+    torch.testing.assert_close(weights(compiled), weights(plain))
+
+
+@pytest.mark.parametrize("case", ["fused optimizer under 16-mixed", "manual optimization", "a NaN in one batch"])
+def test_where_lightnings_own_clipping_refuses_or_is_wrong_autoclip_trains(case):
+    class Spoiled(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (math.nan if batch_idx == 3 else 1.0)
+
+    def fit(callbacks: list[Callback], **kwargs: Any) -> Net:
+        if case.startswith("fused"):
+            model, kwargs = Net(sgd(True)), {**kwargs, **precision("16-mixed")}
+        else:
+            model = ManualNet(sgd(False)) if case.startswith("manual") else Spoiled(sgd(False))
+        trainer(*callbacks, **kwargs).fit(model, loader())
+        return model
+
+    if case == "a NaN in one batch":
+        assert weights(fit([], gradient_clip_val=1.0)).isnan().all()
+    else:
+        with pytest.raises((RuntimeError, MisconfigurationException), match=r"gradient clipping"):
+            fit([], gradient_clip_val=1.0)
+    assert weights(fit([AutoClip()])).isfinite().all()
