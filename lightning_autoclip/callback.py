@@ -8,14 +8,14 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, tensor
+from torch import tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_autoclip.clipper import Algorithm, GradientClipper, NonFinite, NonFiniteGradientError
 from lightning_autoclip.policies import Percentile, Policy
 from lightning_autoclip.recorder import Recorder
 from lightning_autoclip.strategies import check_strategy, grad_scaler
-from lightning_autoclip.wandb import describe_run, is_wandb
+from lightning_autoclip.wandb import describe_run, finite_part, is_wandb
 
 _ROWS_WITHOUT_LOGGING = 1024  # steps between two summaries with `Trainer(log_every_n_steps=0)`
 
@@ -23,10 +23,10 @@ _ROWS_WITHOUT_LOGGING = 1024  # steps between two summaries with `Trainer(log_ev
 class GradientClipping(Callback):
     """Clips gradients at a threshold that a policy sets from the norms of past steps.
 
-    Add it to the Trainer instead of ``gradient_clip_val``, once: a Trainer takes one clipping callback. Each optimizer has a record and a threshold of its own,
-    which are saved in every checkpoint and restored by ``trainer.fit(ckpt_path=...)``. What happened is logged to every
-    logger of the Trainer, one row per ``log_every_n_steps``, under ``autoclip/`` (``autoclip/<optimizer>/`` if there
-    are several).
+    Add it to the Trainer instead of ``gradient_clip_val``, once: a Trainer takes one clipping callback. Each optimizer
+    has a record and a threshold of its own, which are saved in every checkpoint and restored by
+    ``trainer.fit(ckpt_path=...)``. What happened is logged to every logger of the Trainer, one row per
+    ``log_every_n_steps``, under ``autoclip/`` (``autoclip/<optimizer>/`` if there are several).
 
     Args:
         policy: From recorded norms to a threshold: `Percentile`, `ZScore`, `Constant`, or a `Policy` of your own.
@@ -180,6 +180,15 @@ class GradientClipping(Callback):
         if any(recorder.is_due(every) for recorder in self._recorders):
             self._flush(trainer)
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the latest figures to what monitors them, however short the epoch."""
+        self._show(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the latest figures to what monitors them at the end of this validation."""
+        if self._stage == "fit":
+            self._show(trainer)
+
     # --- end of fit and checkpoints -----------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -197,7 +206,7 @@ class GradientClipping(Callback):
         """Log what is left before the run ends."""
         try:
             self._flush(trainer)
-        except RuntimeError as error:  # the device may be what failed: let the first exception be the one that shows
+        except Exception as error:  # the device or the disk may be what failed: the first exception is the one to show
             rank_zero_warn(f"`{type(self).__name__}` could not log its last rows: {error}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -265,14 +274,18 @@ class GradientClipping(Callback):
             rank_zero_warn(f"The checkpoint was written with {was}; this run goes on with {now} on the same record.")
 
     def _flush(self, trainer: Trainer) -> None:
-        """Send the rows that are held to every logger, and the last ones to ``trainer.callback_metrics``."""
-        loggers = trainer.loggers if trainer.is_global_zero and _log_every(trainer) else ()
+        """Send the rows that are held to every logger."""
+        rows = [row for recorder in self._recorders for row in recorder.flush()]
+        for logger in trainer.loggers if rows and trainer.is_global_zero and _log_every(trainer) else ():
+            for step, row in rows:
+                logger.log_metrics(finite_part(row) if is_wandb(logger) else row, step=step)
+            logger.save()
+        self._show(trainer)
+
+    def _show(self, trainer: Trainer) -> None:
+        """Put the latest summary into ``trainer.callback_metrics``, for `ModelCheckpoint` and `EarlyStopping`."""
         for recorder in self._recorders:
-            for step, row in recorder.flush():
-                for logger in loggers:
-                    logger.log_metrics(row, step=step)
-            metrics: dict[str, Tensor] = {key: tensor(value) for key, value in recorder.last_row.items()}
-            trainer.callback_metrics.update(metrics)
+            trainer.callback_metrics.update({key: tensor(value) for key, value in recorder.summarise().items()})
 
     def _located(
         self, error: NonFiniteGradientError, trainer: Trainer, pl_module: LightningModule

@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from lightning_autoclip._checks import check_choice, check_integer, check_number
-from lightning_autoclip.gradients import Gradients, reads_are_free
+from lightning_autoclip.gradients import Gradients, reads_are_free, total
 from lightning_autoclip.history import History
 from lightning_autoclip.policies import Policy
 
@@ -38,12 +38,14 @@ class StepRecord(NamedTuple):
 
     Attributes:
         norm: L2 norm of all gradients viewed as one vector, before clipping.
+        clipped_norm: The same after clipping.
         statistic: What was recorded and compared: the norm, or by value the root-mean-square entry, norm / √numel.
         threshold: The threshold of this step, in units of ``statistic``; ``inf`` while nothing is clipped.
         nonfinite_total: How many steps so far, this one included, had a NaN or an infinity in their gradient.
     """
 
     norm: Tensor
+    clipped_norm: Tensor
     statistic: Tensor
     threshold: Tensor
     nonfinite_total: Tensor
@@ -143,23 +145,26 @@ class GradientClipper:
             grad_scaler.unscale_(optimizer)  # type: ignore[union-attr, arg-type]
             scale = None
         norms = gradients.norms()
-        norm = torch.linalg.vector_norm(norms).to(torch.float32)
-        record = self._decide(norm if scale is None else norm / scale.to(norm.device), gradients.numel)
+        norm = total(norms)
+        scale = None if scale is None else scale.to(norm.device)
+        norm = norm if scale is None else norm / scale
+        statistic = norm if self.gradient_clip_algorithm == "norm" else norm / math.sqrt(gradients.numel)
+        threshold = self._decide(norm, statistic)
         if self.gradient_clip_algorithm == "norm":  # the factor is a ratio: the same at every loss scale
-            gradients.clip_norm_(record.norm, record.threshold)
+            gradients.clip_norm_(norm, threshold)
+            clipped_norm = torch.minimum(norm, threshold)
         else:
-            gradients.clip_value_(
-                record.norm, record.threshold if scale is None else record.threshold * scale.to(norm.device)
-            )
+            gradients.clip_value_(norm, threshold if scale is None else threshold * scale)
+            clipped_norm = gradients.norm() if scale is None else gradients.norm() / scale
+        record = StepRecord(norm, clipped_norm, statistic, threshold, self._nonfinite)
         if self.nonfinite == "raise":
             _raise_if_nonfinite(record.norm, norms, gradients, grad_scaler)
         elif self.nonfinite == "skip" and scale is None:  # with a pending scale the scaler sees the overflow itself
             _skip_if_nonfinite(record.norm, gradients, optimizer, grad_scaler)
         return record
 
-    def _decide(self, norm: Tensor, numel: int) -> StepRecord:
-        """Record the norm and set the threshold."""
-        statistic = norm if self.gradient_clip_algorithm == "norm" else norm / math.sqrt(numel)
+    def _decide(self, norm: Tensor, statistic: Tensor) -> Tensor:
+        """Record the step and return its threshold."""
         if self.history.values.device != norm.device:
             self.history.to(norm.device)
         # A gradient of exactly zero moves nothing and tells no scale; enough of them (hinge losses, masked batches)
@@ -171,7 +176,7 @@ class GradientClipper:
         threshold = torch.where(self.history.count > self.warmup_steps, threshold, math.inf)
         if self.max_threshold < math.inf:
             threshold = threshold.clamp(max=self.max_threshold)
-        return StepRecord(norm, statistic, threshold, self._nonfinite)
+        return threshold
 
     @property
     def nonfinite_total(self) -> int:

@@ -62,6 +62,10 @@ class Gradients:
         device = norms[0].device
         return torch.stack([norm.to(device, non_blocking=True) for norm in norms])
 
+    def norm(self) -> Tensor:
+        """L2 norm of all gradients viewed as one vector: shape ``()``, float32, on the first gradient's device."""
+        return total(self.norms())
+
     def clip_norm_(self, norm: Tensor, threshold: Tensor) -> None:
         """Multiply every gradient by ``threshold / norm`` in place if the norm is finite and above the threshold.
 
@@ -105,6 +109,12 @@ class Gradients:
             groups.setdefault(tensor.device, []).append(tensor)
         for device, tensors in groups.items():
             yield tensors, [scalar.to(device, non_blocking=True) for scalar in scalars]
+
+
+def total(norms: Tensor) -> Tensor:
+    """L2 norm of the whole from the L2 norms of its parts: shape ``()``, float32."""
+    norm: Tensor = torch.linalg.vector_norm(norms)
+    return norm.to(torch.float32)
 
 
 def _coalesced(gradient: Tensor) -> Tensor:

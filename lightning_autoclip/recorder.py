@@ -18,18 +18,15 @@ class Point:
 
     step: int
     norm: float
+    clipped_norm: float
     statistic: float
     threshold: float
     nonfinite_total: float
 
     @property
     def clip_coef(self) -> float:
-        """min(1, threshold / statistic): by norm, the factor that the gradient was multiplied by.
-
-        By value an upper bound of the factor by which clamping shrank the gradient's norm: below 1 when the
-        root-mean-square entry itself lay above the threshold.
-        """
-        return self.threshold / self.statistic if self.statistic > self.threshold else 1.0
+        """The factor by which clipping shrank the norm of the gradient, and with it the step: 1 where it did not."""
+        return self.clipped_norm / self.norm if self.clipped_norm < self.norm else 1.0
 
 
 class Recorder:
@@ -56,7 +53,7 @@ class Recorder:
     @property
     def keys(self) -> list[str]:
         """Every key that the rows of this recorder can have."""
-        none = Point(0, math.nan, math.nan, math.nan, 0)
+        none = Point(0, *[math.nan] * 5)
         return list(self._summary([none])) + (list(self._step_row(none)) if self.every_step else [])
 
     def add(self, record: StepRecord, step: int) -> None:
@@ -80,28 +77,33 @@ class Recorder:
             self._points += [Point(step, *row) for (step, _), row in zip(self._on_device, values, strict=True)]
             self._on_device = []
 
+    def summarise(self) -> dict[str, float]:
+        """The summary of everything that is held; of the last flush if nothing is."""
+        self._fetch()
+        if self._points:
+            self.last_row = self._summary(self._points)
+        return self.last_row
+
     def flush(self) -> list[tuple[int, dict[str, float]]]:
         """Return the rows of everything that is held, each with its step, and hold nothing any more."""
-        self._fetch()
+        self.summarise()
         points, self._points = self._points, []
         if not points:
             return []
-        self.last_row = self._summary(points)
         steps = [(point.step, self._step_row(point)) for point in points] if self.every_step else []
         return [*steps, (points[-1].step, self.last_row)]
 
     def _summary(self, points: list[Point]) -> dict[str, float]:
         """One row for a window of steps. Non-finite steps are counted and otherwise left out."""
         finite = [point for point in points if math.isfinite(point.norm)]
-        none = replace(points[-1], norm=math.nan, statistic=math.nan)
-        last = finite[-1] if finite else none
-        largest = max(finite, key=lambda point: point.norm, default=none)
+        last = finite[-1] if finite else replace(points[-1], norm=math.nan, statistic=math.nan)
+        largest = max(finite, key=lambda point: point.norm, default=None)
         coefs = [point.clip_coef for point in finite]
         row = {
             "grad_norm": last.norm,
             "grad_norm_mean": _mean([point.norm for point in finite]),
-            "grad_norm_max": largest.norm,
-            "grad_norm_max_step": float(largest.step),
+            "grad_norm_max": largest.norm if largest else math.nan,
+            "grad_norm_max_step": float(largest.step) if largest else math.nan,
             "threshold": last.threshold,
             "clipped_fraction": _mean([float(coef < 1) for coef in coefs]),
             "clip_coef_mean": _mean(coefs),

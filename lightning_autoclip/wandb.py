@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -30,3 +31,8 @@ def describe_run(logger: Any, keys: Iterable[str], settings: dict[str, Any]) -> 
             prefix + key, step_metric="trainer/global_step", step_sync=True, summary="min,max,mean,last"
         )
     logger.log_hyperparams({"autoclip": settings})
+
+
+def finite_part(row: dict[str, float]) -> dict[str, float]:
+    """The row without NaN and infinities, any of which would stay in the run's summaries for good."""
+    return {key: value for key, value in row.items() if math.isfinite(value)}

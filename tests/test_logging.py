@@ -1,0 +1,427 @@
+"""What stands in the loggers' files after real training, against norms that the model noted itself and numpy."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import json
+import math
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from helpers import Net, loader, norm_of, trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer
+from wandb_reader import read_runs
+
+from lightning_autoclip import AutoClip, StepRecord
+from lightning_autoclip.recorder import Recorder
+
+Row = dict[str, float]
+
+WINDOW = 8  # shorter than the runs, so that norms leave the record too
+KEYS = [
+    *("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "threshold"),
+    *("clipped_fraction", "clip_coef_mean", "clip_coef_min", "nonfinite_total"),
+]
+LOGGERS: dict[str, Callable[..., Logger]] = {
+    "csv": lambda path, **kwargs: CSVLogger(path, name="", version="run", **kwargs),
+    "tensorboard": lambda path, **kwargs: TensorBoardLogger(path, name="", version="run", **kwargs),
+    "wandb": lambda path, **kwargs: WandbLogger(save_dir=path, project="test", id="run", **kwargs),
+}
+every_logger = pytest.mark.parametrize("kind", LOGGERS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    handler = signal.getsignal(signal.SIGINT)
+    wandb.teardown()  # the client keeps its settings from run to run
+    yield
+    wandb.teardown()
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored after an interrupt
+
+
+class Noting(Net):
+    """Notes the norm of the gradient after each backward pass, which is before the callback can have clipped it."""
+
+    def __init__(self, error: type[BaseException] | None = None) -> None:
+        super().__init__(partial(SGD, lr=0.1, momentum=0.9))  # pickles, for the processes that are spawned
+        self.norms: list[float] = []
+        self.clipped: list[float] = []
+        self.error = error
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        if self.error is not None and batch_idx == 7:
+            raise self.error("stop")
+        return super().training_step(batch, batch_idx)
+
+    def on_after_backward(self) -> None:
+        self.norms.append(norm_of(self.parameters()))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # the module's hook comes after the callbacks'
+        self.clipped.append(norm_of(self.parameters()))
+
+
+class TwoOptimizers(Net):
+    """Manual optimization: the two layers have an optimizer each."""
+
+    def __init__(self, classes: Sequence[Callable[..., Optimizer]]) -> None:
+        super().__init__()
+        self.automatic_optimization, self.classes = False, classes
+        self.norms: tuple[list[float], list[float]] = ([], [])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        for optimizer, norms in zip(self.optimizers(), self.norms, strict=True):
+            self.zero_grad()
+            self.manual_backward(self.loss(batch))
+            norms.append(norm_of(optimizer.param_groups[0]["params"]))
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        layers = (self.net[0], self.net[2])
+        return [cls(layer.parameters(), lr=0.01) for cls, layer in zip(self.classes, layers, strict=True)]
+
+
+def fit(model: Net, logger: Any = False, *callbacks: Any, steps: int = 16, ckpt: Any = None, **kwargs: Any) -> Any:
+    """Train on ``steps`` batches per epoch; in every 8, those in ``bad`` have their loss multiplied by its value."""
+    clip = {key: kwargs.pop(key) for key in ("log_every_step", "gradient_clip_algorithm") if key in kwargs}
+    bad = kwargs.pop("bad", {3: math.nan, 7: 100.0})
+    data = loader(n=4 * steps, scales=[bad.get(i // 4, 1.0) for i in range(32)])
+    autoclip = AutoClip(50, window=WINDOW, multiplier=1.0, **clip)
+    run = trainer(autoclip, *callbacks, logger=logger, **{"log_every_n_steps": 5, **kwargs})
+    run.fit(model, data, ckpt_path=ckpt)
+    return run
+
+
+def rows(directory: Path) -> list[Row]:
+    """Every row that a logger has written below a directory, in order of writing."""
+    wandb.finish()
+    found: list[Row] = []
+    for path in directory.rglob("metrics.csv"):
+        with path.open() as file:
+            found += [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    for path in sorted(directory.rglob("events.out.tfevents.*"), key=os.path.getctime):
+        for event in EventFileLoader(str(path)).Load():
+            values = [value for value in event.summary.value if value.tensor.float_val]
+            found += [{"step": event.step, value.tag: value.tensor.float_val[0]} for value in values]
+    for run in read_runs(directory):
+        found += [{**row, "step": row["trainer/global_step"]} for row in run.history]
+    return found
+
+
+def check(written: list[Row], key: str, points: dict[int, float]) -> None:
+    """The points of a key, each once, in order, at its step, with its value; on W&B the finite ones."""
+    if any("trainer/global_step" in row for row in written):
+        points = {step: value for step, value in points.items() if math.isfinite(value)}
+    series = [(row["step"], row[key]) for row in written if key in row]
+    assert [step for step, _ in series] == list(points), key
+    assert [value for _, value in series] == pytest.approx(list(points.values()), rel=1e-4, nan_ok=True), key
+
+
+def check_steps(written: list[Row], prefix: str, norms: list[float]) -> None:
+    """The exact series: one point per step."""
+    check(written, f"{prefix}step/grad_norm", dict(enumerate(norms)))
+    check(written, f"{prefix}step/threshold", dict(enumerate(thresholds(norms))))
+
+
+def check_windows(written: list[Row], prefix: str, expected: dict[str, dict[int, float]]) -> None:
+    """The summaries: one row per window."""
+    for key, points in expected.items():
+        check(written, prefix + key, points)
+
+
+def thresholds(statistics: Sequence[float]) -> list[float]:
+    """The median of the last finite statistics, that of the step itself included."""
+    past = [[s for s in statistics[: i + 1] if math.isfinite(s)] for i in range(len(statistics))]
+    return [float(np.percentile(finite[-WINDOW:], 50)) for finite in past]
+
+
+def figures(
+    norms: Sequence[float], ends: Sequence[int], entries: int | None = None, clipped: Sequence[float] | None = None
+) -> dict[str, dict[int, float]]:
+    """The rows that end at the given steps, by key and step.
+
+    Clipping by norm, or by value with so many entries; ``clipped`` are the norms after clipping, if they were noted.
+    """
+    norm = np.array(norms)
+    statistic = norm / math.sqrt(entries or 1)
+    threshold = np.array(thresholds(list(statistic)))
+    rows = {}
+    for start, end in zip([-1, *ends], ends, strict=False):
+        steps = np.arange(start + 1, end + 1)
+        steps = steps[np.isfinite(norm[steps])]
+        after = np.minimum(norm, threshold)[steps] if clipped is None else np.array(clipped)[steps]
+        coefs = after / norm[steps]
+        last, largest = norm[steps[-1]], steps[norm[steps].argmax()]
+        nonfinite = (~np.isfinite(norm[: end + 1])).sum()
+        rows[end] = [last, norm[steps].mean(), norm[largest], largest, threshold[steps[-1]]]
+        rows[end] += [(coefs < 1).mean(), coefs.mean(), coefs.min(), nonfinite, statistic[steps[-1]]]
+    keys = [*KEYS, "grad_rms"] if entries else KEYS
+    return {key: {end: float(row[i]) for end, row in rows.items()} for i, key in enumerate(keys)}
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("every", [1, 5, 50])
+def test_each_row_sums_up_its_window_and_stands_where_lightning_logs(
+    tmp_path: Path, every: int, accumulate: int, algorithm: str
+) -> None:
+    model, ends = Noting(), [*range(every - 1, 23, every), 23]
+    bad = {7: 100.0} if every == 1 else {3: math.nan, 7: 100.0}  # a window needs a finite step here
+    options = {"gradient_clip_algorithm": algorithm, "accumulate_grad_batches": accumulate, "log_every_n_steps": every}
+    run = fit(model, LOGGERS["csv"](tmp_path), steps=8 * accumulate, max_epochs=3, bad=bad, **options)
+    norms, written = model.norms[accumulate - 1 :: accumulate], rows(tmp_path)
+    entries = sum(parameter.numel() for parameter in model.parameters()) if algorithm == "value" else None
+    expected = figures(norms, ends, entries, model.clipped)
+    check_windows(written, "autoclip/", expected)
+    ours = [set(row) for row in written if "train_loss" not in row]
+    assert all(row == {"step", *(f"autoclip/{key}" for key in expected)} for row in ours), "constant from the first row"
+    losses = [row["step"] for row in written if "train_loss" in row]
+    assert losses == [end for end in ends if (end + 1) % every == 0]  # what is left at the end has a row of ours only
+    for key, points in expected.items():
+        assert float(run.callback_metrics[f"autoclip/{key}"]) == pytest.approx(points[23], rel=1e-4), key
+
+
+def test_a_spike_between_two_rows_is_not_lost(tmp_path: Path) -> None:
+    model = Noting()
+    fit(model, LOGGERS["csv"](tmp_path), steps=7, log_every_n_steps=7, bad={4: 1000.0})
+    (row,) = (row for row in rows(tmp_path) if "autoclip/grad_norm" in row)
+    assert row["autoclip/grad_norm"] < model.norms[4] / 10
+    assert row["autoclip/grad_norm_max"] == pytest.approx(model.norms[4], rel=1e-4)
+    assert row["autoclip/grad_norm_max_step"] == 4
+
+
+@every_logger
+@pytest.mark.parametrize(("prefix", "accumulate"), [("", 1), ("trial", 2)])
+def test_each_step_is_logged_at_its_own_step(tmp_path: Path, kind: str, prefix: str, accumulate: int) -> None:
+    model, logger, name = Noting(), LOGGERS[kind](tmp_path, prefix=prefix), f"{prefix}-autoclip/".lstrip("-")
+    fit(model, logger, steps=16 * accumulate, accumulate_grad_batches=accumulate, log_every_step=True)
+    norms, written = model.norms[accumulate - 1 :: accumulate], rows(tmp_path)
+    check_steps(written, name, norms)
+    check_windows(written, name, figures(norms, [4, 9, 14, 15]))
+
+
+def test_by_value_each_step_logs_what_the_threshold_is_compared_with(tmp_path: Path) -> None:
+    model = Noting()
+    fit(model, LOGGERS["csv"](tmp_path), gradient_clip_algorithm="value", log_every_step=True)
+    rms = [norm / math.sqrt(sum(parameter.numel() for parameter in model.parameters())) for norm in model.norms]
+    check(rows(tmp_path), "autoclip/step/grad_rms", dict(enumerate(rms)))
+    check(rows(tmp_path), "autoclip/step/threshold", dict(enumerate(thresholds(rms))))
+
+
+def test_several_loggers_get_the_same_rows(tmp_path: Path) -> None:
+    model = Noting()
+    fit(model, [make(tmp_path / kind) for kind, make in LOGGERS.items()])
+    for kind in LOGGERS:
+        check_windows(rows(tmp_path / kind), "autoclip/", figures(model.norms, [4, 9, 14, 15]))
+
+
+def test_a_window_of_nonfinite_steps_has_every_key_and_counts_them(tmp_path: Path) -> None:
+    fit(Noting(), LOGGERS["csv"](tmp_path), bad=dict.fromkeys(range(5), math.nan), steps=10)
+    first, second = (row for row in rows(tmp_path) if "autoclip/grad_norm" in row)
+    assert set(first) == set(second) == {"step", *(f"autoclip/{key}" for key in KEYS)}
+    assert (first["autoclip/nonfinite_total"], second["autoclip/nonfinite_total"]) == (5, 7)
+    for key in ("grad_norm", "grad_norm_mean", "grad_norm_max", "clipped_fraction", "clip_coef_mean", "clip_coef_min"):
+        assert math.isnan(first[f"autoclip/{key}"])
+        assert math.isfinite(second[f"autoclip/{key}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "logs", "ends"),
+    [
+        ({}, False, [14, 15]),
+        ({"log_every_n_steps": 0}, True, [15]),
+        ({"log_every_n_steps": None, "barebones": True}, False, [15]),
+        ({"fast_dev_run": 6}, True, [4, 5]),
+    ],
+    ids=["no logger", "log_every_n_steps=0", "barebones", "fast_dev_run"],
+)
+def test_where_nothing_is_logged_the_last_figures_stand_in_callback_metrics(
+    tmp_path: Path, options: dict[str, Any], logs: bool, ends: list[int]
+) -> None:
+    model = Noting()
+    run = fit(model, LOGGERS["csv"](tmp_path) if logs else False, log_every_step=True, **options)
+    for key, points in figures(model.norms, ends).items():
+        assert float(run.callback_metrics[f"autoclip/{key}"]) == pytest.approx(points[ends[-1]], rel=1e-4), key
+    assert not any("autoclip/" in key for row in rows(tmp_path) for key in row)
+
+
+def test_a_checkpoint_can_be_chosen_by_the_mean_norm(tmp_path: Path) -> None:
+    model = Noting()
+    best = ModelCheckpoint(tmp_path, "{step}", monitor="autoclip/grad_norm_mean", every_n_train_steps=5)
+    fit(model, False, best, enable_checkpointing=True, bad={})
+    means = figures(model.norms, [4, 9, 14])["grad_norm_mean"]
+    end = min(means, key=means.__getitem__)
+    assert float(best.best_model_score) == pytest.approx(means[end], rel=1e-4)
+    assert Path(best.best_model_path).name == f"step={end + 1}.ckpt"
+
+
+@pytest.mark.parametrize("validates", [False, True], ids=["epoch end", "validation"])
+def test_an_epoch_shorter_than_a_window_can_be_monitored(tmp_path: Path, validates: bool) -> None:
+    class Validating(Noting):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.loss(batch)
+
+    model, best = Validating(), ModelCheckpoint(tmp_path, monitor="autoclip/grad_norm_mean")
+    stopping = EarlyStopping("autoclip/grad_norm_mean", patience=9)
+    autoclip = AutoClip(50)
+    validation = loader(n=4) if validates else None
+    trainer(autoclip, best, stopping, max_epochs=2, enable_checkpointing=True, num_sanity_val_steps=1).fit(
+        model, loader(), validation
+    )
+    means = [np.mean(model.norms[:end]) for end in (16, 32)]
+    assert float(best.best_model_score) == pytest.approx(min(means), rel=1e-4)
+    assert float(stopping.best_score) == pytest.approx(min(means), rel=1e-4)
+
+
+def test_what_a_checkpoint_counts_as_done_is_on_disk_when_the_process_dies(tmp_path: Path) -> None:
+    class Dying(Noting):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+            if batch_idx == 9:
+                os._exit(9)
+            return super().training_step(batch, batch_idx)
+
+    def run() -> None:
+        saving = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=7)
+        fit(Dying(), LOGGERS["csv"](tmp_path), saving, log_every_step=True, enable_checkpointing=True)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    assert [row["step"] for row in rows(tmp_path) if "autoclip/step/grad_norm" in row] == [*range(7)]
+
+
+def test_a_bad_step_does_not_stay_in_the_summaries_of_wandb(tmp_path: Path) -> None:
+    fit(Noting(), LOGGERS["wandb"](tmp_path), bad=dict.fromkeys(range(5), math.nan), log_every_step=True)
+    wandb.finish()
+    (run,) = read_runs(tmp_path)
+    for key in [*KEYS, "step/grad_norm", "step/threshold"]:
+        assert all(math.isfinite(value) for value in run.summary[f"autoclip/{key}"].values()), key
+
+
+@every_logger
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_run_that_breaks_off_has_logged_every_step(tmp_path: Path, kind: str, error: type[BaseException]) -> None:
+    model = Noting(error)
+    with pytest.raises((ValueError, SystemExit)):
+        fit(model, LOGGERS[kind](tmp_path), log_every_step=True)
+    assert len(model.norms) == 7
+    check_steps(rows(tmp_path), "autoclip/", model.norms)
+    check_windows(rows(tmp_path), "autoclip/", figures(model.norms, [4, 6]))
+
+
+@every_logger
+@pytest.mark.parametrize(("per_epoch", "accumulate"), [(16, 1), (7, 1), (16, 2)], ids=["mid", "end", "accumulate"])
+def test_over_a_resume_each_step_is_logged_once(tmp_path: Path, kind: str, per_epoch: int, accumulate: int) -> None:
+    first, second, saving = Noting(), Noting(), ModelCheckpoint(tmp_path, "saved", every_n_train_steps=7)
+    options = {"steps": per_epoch * accumulate, "accumulate_grad_batches": accumulate, "bad": {}, "max_epochs": 3}
+    options |= {"log_every_step": True, "enable_checkpointing": True}
+    logger = LOGGERS[kind](tmp_path / "1")
+    fit(first, logger, saving, max_steps=7, **options)
+    wandb.finish()
+    if kind != "csv":  # a new CSVLogger deletes what stands in its directory
+        logger = LOGGERS[kind](tmp_path / ("2" if kind == "wandb" else "1"))
+    fit(second, logger, saving, max_steps=16, ckpt=tmp_path / "saved.ckpt", **options)
+    norms, written = (first.norms + second.norms)[accumulate - 1 :: accumulate], rows(tmp_path)
+    assert len(norms) == 16
+    check_steps(written, "autoclip/", norms)
+    check_windows(written, "autoclip/", figures(norms, [4, 6, 9, 13, 14, 15]))
+
+
+@every_logger
+@pytest.mark.parametrize("classes", [(Adam, SGD), (Adam, Adam)], ids=["Adam+SGD", "Adam+Adam"])
+def test_each_of_several_optimizers_has_rows_of_its_own(
+    tmp_path: Path, kind: str, classes: tuple[type[Optimizer], type[Optimizer]]
+) -> None:
+    model, second = TwoOptimizers(classes), "SGD" if SGD in classes else "Adam-1"
+    prefixes = ("autoclip/Adam/", f"autoclip/{second}/")
+    fit(model, LOGGERS[kind](tmp_path), log_every_step=True)
+    written = rows(tmp_path)
+    for prefix, norms in zip(prefixes, model.norms, strict=True):
+        check_steps(written, prefix, norms)
+        check_windows(written, prefix, figures(norms, [4, 9, 14, 15]))
+    assert all(key.startswith(prefixes) for row in written for key in row if "autoclip" in key)
+
+
+@pytest.mark.parametrize("prefix", ["", "trial"])
+@pytest.mark.parametrize("begun", [False, True], ids=["run of the logger", "run of the user"])
+def test_wandb_knows_each_metric_by_name_and_the_settings(tmp_path: Path, prefix: str, begun: bool) -> None:
+    if begun:
+        wandb.init(dir=tmp_path, project="test")
+    fit(Noting(), LOGGERS["wandb"](tmp_path, prefix=prefix), log_every_step=True, bad={})
+    wandb.finish()
+    (run,), name = read_runs(tmp_path), f"{prefix}-autoclip/".lstrip("-")
+    logged = {key for row in run.history for key in row if "autoclip" in key}
+    assert logged == {name + key for key in [*KEYS, "step/grad_norm", "step/threshold"]}
+    assert logged == {metric.name for metric in run.metrics if "autoclip" in metric.name}
+    assert not any("autoclip" in metric.glob_name for metric in run.metrics)
+    for metric in run.metrics:
+        if metric.name in logged:
+            assert (metric.step_metric, metric.options.step_sync) == ("trainer/global_step", True)
+            assert all(getattr(metric.summary, figure) for figure in ("min", "max", "mean", "last"))
+    values = [row[f"{name}grad_norm_max"] for row in run.history if f"{name}grad_norm_max" in row]
+    summary = {"min": min(values), "max": max(values), "mean": sum(values) / 4, "last": values[-1]}
+    assert run.summary[f"{name}grad_norm_max"] == pytest.approx(summary)
+    settings = {"gradient_clip_algorithm": "norm", "window": WINDOW, "warmup_steps": 0, "max_threshold": None}
+    settings |= {"policy": "Percentile(percentile=50.0, multiplier=1.0)", "nonfinite": "skip"}
+    assert run.config["autoclip"] == settings
+
+
+def test_few_records_wait_on_the_device_however_far_apart_the_rows_are() -> None:
+    def waiting() -> int:  # a record's five figures lie in one tensor
+        gc.collect()
+        return sum(type(thing) is Tensor and thing.shape == (5,) for thing in gc.get_objects())
+
+    recorder, before, most = Recorder("autoclip/"), waiting(), 0
+    for step in range(2500):
+        norm, threshold = torch.tensor(float(step)), torch.tensor(999.5)
+        recorder.add(StepRecord(norm, norm.minimum(threshold), norm, threshold, torch.tensor(0.0)), step)
+        assert recorder.is_due(2500) == (step == 2499)
+        most = max(most, waiting() - before) if step in (1000, 1022, 1500, 2046, 2499) else most
+    assert 1000 < most <= 1024
+    ((step, row),) = recorder.flush()
+    assert (step, row["autoclip/grad_norm_max_step"], row["autoclip/clipped_fraction"]) == (2499, 2499, 0.6)
+    assert row["autoclip/grad_norm_mean"] == 1249.5
+    assert not recorder.flush()
+
+
+class FilePerRank(Logger):
+    """Lets every rank write, which Lightning's own loggers do not."""
+
+    name = version = "files"
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.directory = directory
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        with (self.directory / str(torch.distributed.get_rank())).open("a") as file:
+            file.write(json.dumps({**metrics, "step": step}) + "\n")
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """There are none."""
+
+
+@pytest.mark.distributed
+def test_only_rank_zero_logs(tmp_path: Path) -> None:
+    fit(Noting(), FilePerRank(tmp_path), log_every_step=True, devices=2, strategy="ddp_spawn", bad={})
+    zero, one = ([json.loads(line) for line in (tmp_path / rank).read_text().splitlines()] for rank in "01")
+    assert [row["step"] for row in zero if "autoclip/grad_norm" in row] == [4, 7]
+    assert [row["step"] for row in zero if "autoclip/step/threshold" in row] == [*range(8)]
+    assert [row["step"] for row in one if "train_loss" in row] == [4]  # what rank 1 logs does reach its file
+    assert not any("autoclip" in key for row in one for key in row)

@@ -1,0 +1,66 @@
+"""Reads back, in process, what the real W&B client wrote to disk in offline mode."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wandb.proto.wandb_internal_pb2 import MetricRecord, Record
+
+_HEADER, _BLOCK = 7, 32 * 1024  # length of the file's header and of each chunk's; no chunk crosses a block
+_WHOLE, _FIRST, _LAST = 1, 2, 4  # a record is one whole chunk, or a first one, some in the middle (3) and a last
+
+
+@dataclass
+class Run:
+    """What a run's file holds."""
+
+    history: list[dict[str, Any]]
+    metrics: list[MetricRecord]
+    config: dict[str, Any]
+    summary: dict[str, Any]
+
+
+def read_runs(directory: Path) -> list[Run]:
+    """All finished runs below a directory, oldest first."""
+    return [_read_run(path) for path in sorted(directory.rglob("*.wandb"), key=lambda path: path.stat().st_ctime_ns)]
+
+
+def _read_run(path: Path) -> Run:
+    deadline = time.monotonic() + 30
+    while not (records := [*_records(path.read_bytes())]) or not records[-1].HasField("exit"):
+        assert time.monotonic() < deadline, f"{path} has no exit record"
+        time.sleep(0.02)  # `finish` can return before the client has written everything
+
+    def of(kind: str) -> Iterator[Any]:
+        return (getattr(record, kind) for record in records if record.HasField(kind))
+
+    return Run(
+        history=[_values(history.item) for history in of("history")],
+        metrics=list(of("metric")),
+        config=_values(item for config in of("config") for item in config.update),
+        summary=_values(item for summary in of("summary") for item in summary.update),
+    )
+
+
+def _records(data: bytes) -> Iterator[Record]:
+    """LevelDB's log framing, up to the first chunk that is not there in full."""
+    at, record = _HEADER, b""
+    while True:
+        rest = _BLOCK - at % _BLOCK
+        start = at + _HEADER + (rest if rest < _HEADER else 0)  # the end of a block too short for a chunk is padding
+        at = start + int.from_bytes(data[start - 3 : start - 1], "little")
+        if len(data) < at:
+            return
+        kind = data[start - 1]
+        record = data[start:at] if kind in (_WHOLE, _FIRST) else record + data[start:at]
+        if kind in (_WHOLE, _LAST):
+            yield Record.FromString(record)
+
+
+def _values(items: Iterable[Any]) -> dict[str, Any]:
+    return {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
