@@ -67,13 +67,16 @@ class GradientClipping(Callback):
             "max_threshold": max_threshold,
             "nonfinite": nonfinite,
         }
-        self._new_clipper()  # refuses bad arguments now rather than at the start of fit
+        clipper = self._new_clipper()  # refuses bad arguments now rather than at the start of fit
+        self._arguments |= {"window": clipper.history.window, "warmup_steps": clipper.warmup_steps}
+        self._arguments["max_threshold"] = None if max_threshold is None else clipper.max_threshold
         self.clippers: list[GradientClipper] = []  # one per optimizer
         self._recorders: list[Recorder] = []
         self._steps_seen: list[int | None] = []  # per optimizer: `global_step` when the hook ran last
         self._stage: str | None = None
         self._batch_idx: int | None = None
         self._backward_ran = False
+        self._trained = False  # whether the record is that of a fit, rather than empty or loaded
 
     @property
     def state_key(self) -> str:
@@ -112,7 +115,7 @@ class GradientClipping(Callback):
                 f" `{type(self).__name__}` has clipped. Remove the override or the callback."
             )
         check_strategy(trainer)
-        if trainer.global_step == 0:  # fitting on with the same Trainer keeps the record
+        if self._trained and trainer.global_step == 0:  # fitting on with the same Trainer keeps the record
             self.clippers = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,7 +135,7 @@ class GradientClipping(Callback):
             )
         by_value = self._arguments["gradient_clip_algorithm"] == "value"
         self._recorders = [Recorder(prefix, by_value, self.log_every_step) for prefix in _prefixes(optimizers)]
-        self._steps_seen, self._batch_idx = [None] * len(optimizers), None
+        self._steps_seen, self._batch_idx, self._trained = [None] * len(optimizers), None, True
         for clipper in self.clippers:
             clipper.release()  # a second fit has new optimizers
         if trainer.is_global_zero and _log_every(trainer):
@@ -215,7 +218,8 @@ class GradientClipping(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Warn of a checkpoint that was written without this callback."""
-        if self._stage == "fit" and self.state_key not in checkpoint["callbacks"]:
+        if self._stage == "fit" and not checkpoint["callbacks"].get(self.state_key):
+            self.clippers = []
             rank_zero_warn(
                 f"The checkpoint was written without `{type(self).__name__}`, so the record of gradient norms starts"
                 " empty: the first thresholds come from few steps. Use `warmup_steps` to observe first."
@@ -241,19 +245,26 @@ class GradientClipping(Callback):
             return  # `trainer.test(ckpt_path=...)` must not take back what a later fit goes on with
         try:
             self._compare_settings(state_dict["settings"])
-            clippers = [self._new_clipper() for _ in state_dict["optimizers"]]
-            for clipper, state in zip(clippers, state_dict["optimizers"], strict=True):
+            states = list(state_dict["optimizers"])
+            clippers = [self._new_clipper() for _ in states]
+            for clipper, state in zip(clippers, states, strict=True):
                 clipper.load_state_dict(state)
+            if not clippers:
+                raise KeyError("optimizers")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"The checkpoint's state of `{self.state_key}` is damaged or not of this callback ({error!r}). Resume"
                 " from another checkpoint, or delete that entry to start with an empty record."
             ) from error
-        self.clippers = clippers
+        self.clippers, self._trained = clippers, False
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the stage that :meth:`setup` entered."""
         self._stage = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning hangs the module's `log` on every callback, and with it the whole model.
+        return {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ class GradientClipper:
         gradient_clip_algorithm: ``"norm"`` scales the whole gradient so that its L2 norm is at most the threshold;
             ``"value"`` records the root-mean-square entry and clamps each entry to ``[-threshold, threshold]``.
         window: How many of the last steps the policy sees, at least 1; ``None`` for all of them.
-        warmup_steps: The first so many recorded steps are not clipped.
+        warmup_steps: The first so many steps are recorded, not clipped.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
         nonfinite: What happens to a step whose gradient holds a NaN or an infinity. ``"skip"``: no weight moves (with
             a `GradScaler` it is the scaler that skips, and backs off). ``"raise"``: `NonFiniteGradientError`; with a
@@ -114,6 +114,7 @@ class GradientClipper:
         self.max_threshold = math.inf if max_threshold is None else max_threshold
         self.nonfinite = nonfinite
         self.history = History(window)
+        self.steps = 0
         self._nonfinite = torch.zeros(())
         self._optimizer: weakref.ref[Optimizer] | None = None
 
@@ -170,10 +171,12 @@ class GradientClipper:
         # A gradient of exactly zero moves nothing and tells no scale; enough of them (hinge losses, masked batches)
         # would pull a percentile to zero and stop the training for good.
         self.history.update(torch.where(statistic > 0, statistic, math.nan))
+        self.steps += 1
         self._nonfinite = self._nonfinite.to(norm.device) + (norm < math.inf).logical_not()
         size = self.history.size
         threshold = self.policy(self.history.ordered, size).to(torch.float32).reshape(())
-        threshold = torch.where(self.history.count > self.warmup_steps, threshold, math.inf)
+        known = size > 0 if self.steps > self.warmup_steps else torch.zeros_like(size, dtype=torch.bool)
+        threshold = torch.where(known, threshold, math.inf)
         if self.max_threshold < math.inf:
             threshold = threshold.clamp(max=self.max_threshold)
         return threshold
@@ -203,7 +206,11 @@ class GradientClipper:
 
     def state_dict(self) -> dict[str, Any]:
         """What happened so far, as tensors and ints; loads with ``torch.load(..., weights_only=True)``."""
-        return {"history": dict(self.history.state_dict()), "nonfinite_total": self.nonfinite_total}
+        return {
+            "steps": self.steps,
+            "nonfinite_total": self.nonfinite_total,
+            "history": dict(self.history.state_dict()),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -212,14 +219,18 @@ class GradientClipper:
         what there is.
 
         Raises:
-            KeyError: An entry is missing.
-            TypeError: An entry has the wrong type.
-            ValueError: An entry is damaged.
+            ValueError: An entry is missing, damaged, or not one of this class.
         """
-        history, nonfinite_total = state_dict["history"], state_dict["nonfinite_total"]
-        check_integer("nonfinite_total", nonfinite_total, "a count of steps", 0)
-        self.history.load_state_dict(history)
-        self._nonfinite = torch.tensor(float(nonfinite_total))
+        try:
+            steps = check_integer("steps", state_dict["steps"], "a count", 0)
+            nonfinite_total = check_integer("nonfinite_total", state_dict["nonfinite_total"], "a count", 0)
+            history = dict(state_dict["history"])
+            self.history.load_state_dict(history)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"The state of a `GradientClipper` is damaged or not one: {error!r}.") from error
+        if bool((self.history.ordered <= 0).any()):
+            raise ValueError("The state of a `GradientClipper` is damaged: its norms are not all above 0.")
+        self.steps, self._nonfinite = steps, torch.tensor(float(min(nonfinite_total, steps)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None}  # a weak reference does not pickle

@@ -72,9 +72,10 @@ class History(Metric):
         ValueError: ``window`` is below 1.
     """
 
-    full_state_update = False
-    values: Tensor
-    count: Tensor
+    full_state_update = True  # `forward` must not merge two records by a reduction of their tensors
+    values: Tensor  # oldest first until the window is full, then a ring; +inf where there is none yet
+    count: Tensor  # how many values came in; the ring goes on at `count % window`
+    sorted: Tensor  # -inf, the values in ascending order, +inf to the end
 
     def __init__(self, window: int | None = 100) -> None:
         super().__init__(sync_on_compute=False)
@@ -84,7 +85,8 @@ class History(Metric):
         capacity = _FIRST_CAPACITY if window is None else min(window, _FIRST_CAPACITY)
         self.add_state("values", torch.full((capacity,), _INF), persistent=True)
         self.add_state("count", torch.zeros((), dtype=torch.int64), persistent=True)
-        self._pair: list[tuple[Tensor, Tensor, Tensor]] = []  # of the sorted record: built when first needed
+        self.add_state("sorted", torch.tensor([-_INF, *[_INF] * (capacity + 1)]))
+        self._spare = self.sorted.clone()  # what the next sorted record is written to
         self._at_most = 0  # an upper bound of `count` that the host knows without reading it
 
     @torch.no_grad()
@@ -96,7 +98,7 @@ class History(Metric):
         """
         value = torch.as_tensor(value, dtype=torch.float32, device=self.values.device).squeeze()
         self._make_room()
-        (_, *old), (_, *new) = self._sorted_pair()
+        old, new = self.sorted, self._spare
         entering = value.nan_to_num(_INF, _INF, _INF)
         finite = entering < _INF
         slot = (self.count if self.window is None else self.count % self.window).reshape(1)
@@ -105,11 +107,10 @@ class History(Metric):
         self.count += finite
         if self.window is not None:
             leaving = torch.where(finite, oldest, entering)  # +inf takes nothing out
-            torch.where(old[0] < leaving, old[0], old[1], out=new[0])
+            torch.where(old[:-1] < leaving, old[:-1], old[1:], out=new[:-1])
             old, new = new, old
-            self._pair.reverse()
-        torch.clamp(entering, min=old[0], max=old[1], out=new[1])  # +inf puts nothing in
-        self._pair.reverse()
+        torch.clamp(entering, min=old[:-1], max=old[1:], out=new[1:])  # +inf puts nothing in
+        self.sorted, self._spare = new, old
 
     @torch.no_grad()
     def extend(self, values: Tensor) -> None:
@@ -120,8 +121,7 @@ class History(Metric):
         """
         values = torch.as_tensor(values, device=self.values.device).detach().reshape(-1).to(torch.float32)
         values = values[values.isfinite()]
-        count = int(self.count) + values.numel()
-        self._rebuild(torch.cat((self.recorded, values)), count)
+        self._set(torch.cat((self.recorded, values)), int(self.count) + values.numel())
         self._update_count += 1
         self._computed = None
 
@@ -145,78 +145,81 @@ class History(Metric):
     @property
     def ordered(self) -> Tensor:
         """The values in ascending order, then ``+inf``: shape ``(n,)``, float32, of which :attr:`size` hold values."""
-        return self._sorted_pair()[0][2]
+        return self.sorted[1:]
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self._pair, self._at_most = [], 0
+        self._spare, self._at_most = self.sorted.clone(), 0
 
     def _make_room(self) -> None:
-        """Double the capacity if the next value could find none; needs no host read."""
+        """Double the capacity if the next value could find none; follow the record to its device. Reads no host."""
         capacity = self.values.numel()
         if self._at_most >= capacity and (self.window is None or capacity < self.window):
-            larger = 2 * capacity if self.window is None else min(2 * capacity, self.window)
-            self.values = torch.cat((self.values, self.values.new_full((larger - capacity,), _INF)))
-            self._pair = []
+            more = capacity if self.window is None else min(capacity, self.window - capacity)
+            padding = self.values.new_full((more,), _INF)
+            self.values = torch.cat((self.values, padding))
+            self.sorted = torch.cat((self.sorted, padding))
+        if self._spare.shape != self.sorted.shape or self._spare.device != self.sorted.device:
+            self._spare = self.sorted.clone()
         self._at_most += 1
 
-    def _sorted_pair(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The sorted record and a spare of its shape, each with its views without the last and without the first entry.
-
-        The record stands between sentinels: -inf, the values in ascending order, +inf to the end.
-        """
-        if not self._pair or self._pair[0][0].device != self.values.device:
-            low, high = self.values.new_full((1,), -_INF), self.values.new_full((1,), _INF)
-            record = torch.cat((low, self.values.sort().values, high))
-            self._pair = [(buffer, buffer[:-1], buffer[1:]) for buffer in (record, record.clone())]
-        return self._pair
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_pair": []}
-
-    def _rebuild(self, recorded: Tensor, count: int) -> None:
-        """Make ``recorded`` (oldest first) the newest of ``count`` values ever recorded."""
+    def _set(self, recorded: Tensor, count: int) -> None:
+        """Make the last ``window`` of these values, oldest first, the record: the newest of ``count`` values."""
         kept = recorded if self.window is None else recorded[-self.window :]
         capacity = self.values.numel()
         while capacity < kept.numel():
-            capacity *= 2
-        if self.window is not None:
-            capacity = min(capacity, self.window)
-            # A record shorter than its count (the window has grown since) starts over as a partly filled one.
-            count = count if kept.numel() == self.window else kept.numel()
-        values = kept.new_full((capacity,), _INF)
-        values[: kept.numel()] = kept
-        self.values = values if self.window is None else values.roll(count % self.window if count > self.window else 0)
-        self.count = torch.tensor(count, device=values.device)
-        self._pair, self._at_most = [], count
+            capacity = 2 * capacity if self.window is None else min(2 * capacity, self.window)
+        padding = kept.new_full((capacity - kept.numel(),), _INF)
+        self.values = torch.cat((kept, padding))
+        if kept.numel() == self.window:
+            self.values = self.values.roll(count % self.window)
+        else:  # a window that has grown since begins as a partly filled one
+            count = kept.numel()
+        self.count = torch.tensor(count, device=kept.device)
+        self.sorted = torch.cat((kept.new_full((1,), -_INF), kept.sort().values, padding, kept.new_full((1,), _INF)))
+        self._at_most = count
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The state: ``values`` (shape ``(n,)``, float32, oldest first) and ``count`` (shape ``()``, int64)."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
-        state[f"{prefix}values"] = self.recorded
+        if (key := f"{kwargs.get('prefix', '')}values") in state:
+            state[key] = self.recorded
         return state
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Load strictly: what is missing, misshapen or inconsistent is an error. A smaller window keeps the newest."""
-        try:
-            values, count = state_dict.pop(f"{prefix}values"), state_dict.pop(f"{prefix}count")
-        except KeyError as error:
-            raise ValueError(
-                f"The state of `{type(self).__name__}` has no {error}; it was not written by it."
-            ) from None
-        whole = isinstance(values, Tensor) and isinstance(count, Tensor) and values.dim() == 1 and count.numel() == 1
-        if not whole or values.dtype != torch.float32 or count.is_floating_point() or int(count) < values.numel():
-            raise ValueError(
-                f"The state of `{type(self).__name__}` is damaged: expected `values` of shape (n,), float32, and an"
-                f" integer `count` of at least n, but got values={values!r} and count={count!r}."
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Load the record, the newest of it if the window is smaller. What is missing or damaged is an error."""
+        values, count = (state_dict.pop(f"{prefix}{key}", None) for key in ("values", "count"))
+        if values is None or count is None:
+            missing_keys += [prefix + key for key, persistent in self._persistent.items() if persistent]
+        elif not _is_record(values, count):
+            error_msgs.append(
+                f"Expected `{prefix}values` to be finite, float32, of shape (n,), and `{prefix}count` to be an integer"
+                f" of at least n, but got {values!r} and {count!r}."
             )
-        if not bool(values.isfinite().all()):
-            raise ValueError(f"The state of `{type(self).__name__}` is damaged: `values` are not all finite.")
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._rebuild(values.to(self.values.device), int(count))
-        self._update_count, self._computed = int(count), None
+        else:
+            self._set(values.detach().to(self.values.device), int(count))
+            self._update_count, self._computed = int(count), None
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _is_record(values: Any, count: Any) -> bool:
+    plain = all(isinstance(x, Tensor) and x.layout is torch.strided and not x.is_meta for x in (values, count))
+    if not plain or values.dtype != torch.float32 or values.dim() != 1:
+        return False
+    enough = count.dtype == torch.int64 and count.dim() == 0 and int(count) >= values.numel()
+    return enough and bool(values.isfinite().all())
 
 
 class RunningPercentile(History):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 import warnings
 from typing import Any
@@ -73,6 +74,23 @@ def test_a_policy_of_ones_own_sets_the_threshold():
 
     trainer(GradientClipping(Median()), After()).fit(Net(), loader(scales=[100.0]))
     assert seen == pytest.approx([0.25] * 16, rel=1e-5)
+
+
+def test_a_record_that_is_loaded_by_hand_is_the_one_that_training_goes_on_with():
+    first, second = AutoClip(), AutoClip()
+    trainer(first).fit(Net(), loader())
+    second.load_state_dict(first.state_dict())
+    trainer(second).fit(Net(), loader())
+    assert torch.equal(second.clippers[0].history.recorded[:16], first.clippers[0].history.recorded)
+    trainer(second).fit(Net(), loader())  # a new training with the same callback begins with an empty record
+    assert second.clippers[0].history.recorded.numel() == 16
+
+
+def test_a_callback_does_not_pickle_the_model_with_it():
+    autoclip = AutoClip()
+    trainer(autoclip).fit(Net(features=4), loader())  # its optimizer is a lambda, which does not pickle
+    copy = pickle.loads(pickle.dumps(autoclip))
+    assert torch.equal(copy.clippers[0].history.recorded, autoclip.clippers[0].history.recorded)
 
 
 # --- several optimizers -----------------------------------------------------------------------------------------------

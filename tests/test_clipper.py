@@ -179,13 +179,11 @@ def test_gradients_of_exactly_zero_do_not_pull_the_threshold_to_zero(form):
 
 
 def test_warmup_observes_without_clipping(form):
-    clipper = GradientClipper(Constant(1.0), warmup_steps=2)
-    clipped = []
-    for entry in (5.0, math.nan, 6.0, 7.0):
-        parameter = with_gradient([entry])
-        clipper.clip_([parameter])
-        clipped.append(None if parameter.grad is None else parameter.grad.item())
-    assert [value for value in clipped if value is not None and value == value] == pytest.approx([5.0, 6.0, 1.0])
+    clipper = GradientClipper(Constant(1.0), warmup_steps=3)
+    parameters = [with_gradient([entry]) for entry in (5.0, math.nan, 6.0, 7.0)]
+    thresholds = [clipper.clip_([parameter]).threshold.item() for parameter in parameters]
+    assert thresholds == [math.inf, math.inf, math.inf, 1.0]
+    assert [parameters[i].grad.item() for i in (0, 2, 3)] == pytest.approx([5.0, 6.0, 1.0])
     assert clipper.history.recorded.tolist() == [5.0, 6.0, 7.0]
 
 

@@ -101,6 +101,22 @@ def test_compute_is_not_stale_after_an_update(window):
     assert metric.compute() == 3.0
 
 
+def test_forward_returns_the_value_of_its_argument_and_records_it():
+    metric = RunningPercentile(50, 3)
+    assert [metric(value).item() for value in (4.0, 1.0, 3.0, 2.0)] == [4.0, 1.0, 3.0, 2.0]
+    assert metric.compute() == 2.0
+    assert metric.recorded.tolist() == [1.0, 3.0, 2.0]
+
+
+def test_a_record_that_is_not_persistent_is_neither_saved_nor_missed():
+    metric, other = RunningPercentile(50), RunningPercentile(50)
+    metric.persistent(False)
+    other.persistent(False)
+    metric.update(1.0)
+    assert not metric.state_dict()
+    other.load_state_dict(metric.state_dict())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64], ids=str)
 def test_any_real_dtype_is_recorded_as_float32(dtype):
     metric = RunningPercentile(50)

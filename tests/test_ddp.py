@@ -1,0 +1,210 @@
+"""Two processes clip as one process would on the same global batches."""
+
+import math
+import os
+import signal
+import time
+
+import pytest
+import torch
+from helpers import Net, dataset, trainer, weights
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.strategies import DDPStrategy
+from torch import distributed, multiprocessing, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_autoclip import AutoClip, NonFiniteGradientError
+
+pytestmark = pytest.mark.distributed
+TIMEOUT = 60
+
+BY_VALUE = {"gradient_clip_algorithm": "value"}
+# 80 rows are ten global batches of eight. They go to the ranks in turn, so that row 25 is one of the second rank.
+FACTORS = [20.0 if 48 <= row < 56 else 1.0 + row // 16 for row in range(80)]
+ONE_NAN = [math.nan if row == 25 else factor for row, factor in enumerate(FACTORS)]
+
+
+class Unused(Net):
+    """Has a layer that no row uses, and one that every second row uses: those of the second rank."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.never, self.odd = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def loss(self, batch):
+        x, y, scale = batch
+        odd = scale == 2
+        prediction = self.net(x)
+        if odd.any():
+            prediction = prediction + self.odd(x) * odd[:, None]
+        return ((prediction - y).square().squeeze(1) * scale).mean()
+
+
+class Batches(LightningDataModule):
+    """Global batches of eight rows in a fixed order, of which each rank gets its share."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self.rows = dataset(80, scales=factors)
+
+    def train_dataloader(self):
+        ranks = self.trainer.world_size
+        sampler = DistributedSampler(self.rows, ranks, self.trainer.global_rank, shuffle=False)
+        return DataLoader(self.rows, 8 // ranks, sampler=sampler)
+
+
+class Watch(Callback):
+    """Holds the norm and the threshold of every step of this rank."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def on_train_batch_end(self, trainer, *args):
+        metrics = trainer.callback_metrics
+        if trainer.global_step:
+            seen = float(metrics["autoclip/grad_norm"]), float(metrics["autoclip/threshold"])
+            self.steps[trainer.global_step] = seen
+
+
+THREE_BATCHES_PER_STEP = {"accumulate_grad_batches": 3}
+UNUSED = {"model": Unused, "factors": [1.0, 2.0]}
+CASES = {
+    "norm": {},
+    "value": {"clip": BY_VALUE},
+    "accumulation": {"trainer": THREE_BATCHES_PER_STEP},
+    "unused": UNUSED,
+    "unused-by-value": {**UNUSED, "clip": BY_VALUE},
+    "nan": {"factors": ONE_NAN},
+    "nan-by-value-accumulation": {"factors": ONE_NAN, "clip": BY_VALUE, "trainer": THREE_BATCHES_PER_STEP},
+}
+RESUMED = ("norm", "value", "nan")
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9)
+
+
+def train(name, epochs=2, ckpt=None, save=None, nonfinite="skip", **kwargs):
+    """Train a case and return what this process saw; on one process unless ``kwargs`` say otherwise."""
+    case = CASES[name]
+    watch, model = Watch(), case.get("model", Net)(sgd)
+    callback = AutoClip(30, window=7, nonfinite=nonfinite, **case.get("clip", {}))
+    run = trainer(
+        callback,
+        watch,
+        max_epochs=epochs,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+        **case.get("trainer", {}),
+        **kwargs,
+    )
+    run.fit(model, datamodule=Batches(case.get("factors", FACTORS)), ckpt_path=ckpt)
+    if save:
+        run.save_checkpoint(save)
+    records = [(c.history.recorded.tolist(), int(c.history.count), c.nonfinite_total) for c in callback.clippers]
+    return {"steps": torch.tensor(list(watch.steps.values())), "weights": weights(model), "record": records}
+
+
+def work(rank, folder):
+    """Every run of one rank; the other rank does the same."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # tells Lightning that the processes have been started
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+    def run(result, name, **kwargs):
+        strategy = DDPStrategy(find_unused_parameters="unused" in name)
+        seen = train(name, strategy=strategy, devices=2, **kwargs)
+        torch.save(seen, f"{folder}/{result}-{rank}.pt")
+
+    for name in CASES:
+        run(name, name)
+    for name in RESUMED:
+        run(f"{name}-interrupted", name, epochs=1, save=f"{folder}/{name}.ckpt")
+        run(f"{name}-resumed", name, ckpt=f"{folder}/{name}.ckpt")
+    try:
+        run("raise", "nan", nonfinite="raise")
+    except NonFiniteGradientError as error:
+        torch.save(str(error), f"{folder}/raise-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the two ranks have left what they saw."""
+    folder = tmp_path_factory.mktemp("ddp")
+    started = multiprocessing.start_processes(work, args=(str(folder),), nprocs=2, join=False)
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not started.join(timeout=1):
+            assert time.monotonic() < deadline, f"The ranks are not through after {TIMEOUT} s: a deadlock?"
+    finally:
+        for process in started.processes:
+            process.kill()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """What the two ranks saw in a run."""
+    return lambda name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
+
+
+def assert_bit_equal(first, second):
+    assert torch.equal(first["steps"].nan_to_num(-1), second["steps"].nan_to_num(-1))
+    assert torch.equal(first["weights"], second["weights"])
+    assert first["record"] == second["record"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_ranks_measure_decide_and_step_alike(case, ranks):
+    first, second = ranks(case)
+    assert len(first["steps"]) == (8 if "accumulation" in case else 20)
+    assert_bit_equal(first, second)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_take_the_steps_of_one_on_the_same_global_batches(case, ranks):
+    two, one = ranks(case)[0], train(case)
+    torch.testing.assert_close(two["weights"], one["weights"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(two["steps"], one["steps"], atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize(("case", "steps"), [("nan", 20), ("nan-by-value-accumulation", 8)])
+def test_a_nan_on_one_rank_is_counted_once_and_skipped_by_both(case, steps, ranks):
+    for seen in ranks(case):
+        assert [counts for _, *counts in seen["record"]] == [[steps - 2, 2]]
+        assert seen["weights"].isfinite().all()
+
+
+def test_a_nan_on_one_rank_raises_on_both(ranks):
+    first, second = ranks("raise")
+    assert "optimizer step 3, epoch 0, batch 3" in first
+    assert first == second
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_a_resumed_run_takes_the_same_steps_as_an_uninterrupted_one(case, ranks):
+    for whole, first, second in zip(ranks(case), ranks(f"{case}-interrupted"), ranks(f"{case}-resumed"), strict=True):
+        second["steps"] = torch.cat((first["steps"], second["steps"]))
+        assert_bit_equal(second, whole)
+
+
+def test_a_run_of_two_processes_resumes_on_one(folder, ranks):
+    resumed = train("norm", ckpt=folder / "norm.ckpt")
+    torch.testing.assert_close(resumed["weights"], ranks("norm")[0]["weights"], atol=1e-6, rtol=0)
+
+
+def test_the_callback_survives_being_pickled_by_ddp_spawn(tmp_path, ranks):
+    def give_up(*args):
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise TimeoutError(f"Lightning's processes are not through after {TIMEOUT} s: a deadlock?")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(TIMEOUT)
+    try:
+        seen = train("nan", strategy="ddp_spawn", devices=2)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert torch.equal(seen["weights"], ranks("nan")[0]["weights"])
