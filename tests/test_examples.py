@@ -1,0 +1,134 @@
+"""Each example runs as a user runs it, in shortened form."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run(example: str, *arguments: object, cwd: Path) -> str:
+    """What the example prints when it is run in the directory ``cwd``."""
+    inherited = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join([str(ROOT), *([inherited] if inherited else [])])
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / example), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr.lower(), done.stderr  # nothing but progress bars
+    return done.stdout
+
+
+def numbers(pattern: str, output: str) -> tuple[float, ...]:
+    """The numbers at the groups of the pattern, which must occur once."""
+    (found,) = re.findall(pattern, output)
+    return tuple(map(float, [found] if isinstance(found, str) else found))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the demo printed, and the directory that it ran in."""
+    cwd = tmp_path_factory.mktemp("demo")
+    return run("char_lm.py", "--steps", 24, cwd=cwd), cwd
+
+
+def test_the_demo_compares_its_three_runs_in_a_table(demo):
+    cell = r" +([\d.]+)"
+    row = cell + cell + cell + "%" + cell
+    none, fixed, auto = (numbers(f"(?m)^{name}{row}$", demo[0]) for name in ("no clipping", "fixed 1", "AutoClip"))
+    assert none[2:] == (0, 1)  # percent of the steps clipped, mean factor: it only observes
+    for loss, largest, clipped, factor in (fixed, auto):
+        assert 1 < loss < none[0]
+        assert largest > 1
+        assert 0 < clipped < 100
+        assert 0 < factor < 1
+    assert auto[2] > fixed[2]
+
+
+def test_the_demo_draws_a_figure_of_1200_by_900_pixels(demo):
+    image = matplotlib.image.imread(demo[1] / "runs" / "char_lm" / "char_lm.png")
+    assert image.shape[:2] == (900, 1200)
+    assert image[..., :3].std() > 0.05  # not blank
+
+
+def test_the_demo_names_the_figure_and_the_offline_wandb_runs_that_it_wrote(demo):
+    output, cwd = demo
+    (figure,) = re.findall(r"(?m)^figure +(.+)$", output)
+    assert (cwd / figure).is_file()
+    wandb, directory = re.search(r"(?m)^browse in the terminal +(.+) leet (.+)$", output).groups()
+    assert (cwd / wandb).is_file()
+    assert len(list((cwd / directory).glob("offline-run-*/run-*.wandb"))) == 3
+    (pattern,) = re.findall(r"(?m)^send to W&B +.+ sync (.+)$", output)
+    assert len(list(cwd.glob(pattern))) == 3
+
+
+def test_the_demo_writes_where_it_is_told_to(tmp_path):
+    run("char_lm.py", "--steps", 10, "--out", tmp_path / "there", cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert (tmp_path / "there" / "char_lm.png").is_file()
+
+
+def test_two_optimizers_have_a_threshold_each(tmp_path):
+    output = run("two_optimizers.py", "--steps", 100, cwd=tmp_path)
+    thresholds = [
+        numbers(rf"(?m)^{network} +last norm [\d.]+ +threshold ([\d.]+)$", output)[0]
+        for network in ("generator", "discriminator")
+    ]
+    assert all(threshold > 0 for threshold in thresholds)
+    assert thresholds[0] != thresholds[1]
+
+
+def test_clipping_by_value_withstands_the_outliers_that_spoil_the_run_without_clipping(tmp_path):
+    output = run("value_clipping.py", "--steps", 200, cwd=tmp_path)
+    unclipped, clipped = numbers(r"loss on clean data: ([\d.]+) without clipping, ([\d.]+) with AutoClip", output)
+    assert clipped < 0.5 < 10 < unclipped
+    rms, threshold = numbers(r"root-mean-square entry ([\d.]+), threshold ([\d.]+)", output)
+    assert rms > 0
+    assert threshold > 0
+
+
+def test_overflows_of_mixed_precision_are_counted_and_not_recorded(tmp_path):
+    output = run("mixed_precision.py", "--steps", 60, cwd=tmp_path)
+    overflowed, recorded, threshold, scale = (
+        numbers(rf"(?m)^{name} +([\d.]+)$", output)[0]
+        for name in ("of these overflowed", "norms in the record", "threshold", "loss scale at the end")
+    )
+    assert overflowed >= 1
+    assert overflowed + recorded == 60
+    assert threshold > 0
+    assert scale == 65536 / 2**overflowed
+
+
+def test_the_resumed_example_ends_with_the_thresholds_and_weights_of_the_uninterrupted_run(tmp_path):
+    output = run("resume.py", "--epochs", 4, cwd=tmp_path)
+    assert "thresholds equal: True" in output
+    assert "weights equal: True" in output
+    half, whole, resumed = numbers(r"half way ([\d.]+), at the end ([\d.]+) uninterrupted and ([\d.]+)", output)
+    assert half != whole
+    assert whole == resumed
+    assert (tmp_path / "runs" / "resume" / "half.ckpt").is_file()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_an_example_is_under_eighty_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 80
+
+
+def test_every_example_is_run_by_a_test():
+    tests = Path(__file__).read_text(encoding="utf-8")
+    programs = [path.name for path in FILES if not path.name.startswith("_")]
+    assert len(programs) >= 5
+    assert [name for name in programs if f'run("{name}"' not in tests] == []
