@@ -76,6 +76,8 @@ class GradientClipping(Callback):
         self._stage: str | None = None
         self._batch_idx: int | None = None
         self._backward_ran = False
+        self._told = 0  # how many non-finite steps the user knows of
+        self._has_told = False  # in this fit
         self._trained = False  # whether the record is that of a fit, rather than empty or loaded
 
     @property
@@ -85,10 +87,15 @@ class GradientClipping(Callback):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The arguments, as plain values."""
-        policy = self.policy
-        name = repr(policy) if dataclasses.is_dataclass(policy) else type(policy).__qualname__
-        return {"policy": name, **self._arguments}
+        """The arguments, as plain values: what is compared at a resume and shown in the config of a W&B run."""
+        policy: Any = self.policy
+        known = dataclasses.is_dataclass(policy)
+        fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)} if known else {}
+        return {"policy": {"name": type(policy).__qualname__, **fields}, **self._arguments}
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self._arguments.items())
+        return f"{type(self).__name__}({self.policy!r}, {arguments})"
 
     # --- start of fit -------------------------------------------------------------------------------------------------
 
@@ -97,6 +104,11 @@ class GradientClipping(Callback):
         self._stage = stage
         if stage != "fit":
             return
+        if trainer.gradient_clip_algorithm is not None:
+            raise MisconfigurationException(
+                f"`Trainer(gradient_clip_algorithm={str(trainer.gradient_clip_algorithm)!r})` has no effect on"
+                f" `{type(self).__name__}`. Remove it there, and give `gradient_clip_algorithm` to the callback."
+            )
         if trainer.gradient_clip_val:
             raise MisconfigurationException(
                 f"`Trainer(gradient_clip_val={trainer.gradient_clip_val})` and `{type(self).__name__}` would both clip."
@@ -138,6 +150,7 @@ class GradientClipping(Callback):
         self._steps_seen, self._batch_idx, self._trained = [None] * len(optimizers), None, True
         for clipper in self.clippers:
             clipper.release()  # a second fit has new optimizers
+        self._told, self._has_told = sum(clipper.nonfinite_total for clipper in self.clippers), False
         if trainer.is_global_zero and _log_every(trainer):
             keys = [key for recorder in self._recorders for key in recorder.keys]
             for logger in filter(is_wandb, trainer.loggers):
@@ -197,6 +210,7 @@ class GradientClipping(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left; warn of optimizers that stepped past the callback."""
         self._flush(trainer)
+        self._tell_of_nonfinite(trainer)
         for optimizer, seen in zip(trainer.optimizers, self._steps_seen, strict=True):
             if seen is None and self._batch_idx is not None:
                 rank_zero_warn(
@@ -218,7 +232,8 @@ class GradientClipping(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Warn of a checkpoint that was written without this callback."""
-        if self._stage == "fit" and not checkpoint["callbacks"].get(self.state_key):
+        began = checkpoint["global_step"] > 0  # the learning rate finder's checkpoint is of step 0
+        if self._stage == "fit" and began and not checkpoint["callbacks"].get(self.state_key):
             self.clippers = []
             rank_zero_warn(
                 f"The checkpoint was written without `{type(self).__name__}`, so the record of gradient norms starts"
@@ -280,8 +295,8 @@ class GradientClipping(Callback):
                 f" `checkpoint['callbacks']['{self.state_key}']` to start with an empty record."
             )
         if changed:
-            was = ", ".join(f"{key}={written[key]}" for key in changed)
-            now = ", ".join(f"{key}={value}" for key, value in changed.items())
+            was = ", ".join(f"{key}={written[key]!r}" for key in changed)
+            now = ", ".join(f"{key}={value!r}" for key, value in changed.items())
             rank_zero_warn(f"The checkpoint was written with {was}; this run goes on with {now} on the same record.")
 
     def _flush(self, trainer: Trainer) -> None:
@@ -292,6 +307,21 @@ class GradientClipping(Callback):
                 logger.log_metrics(finite_part(row) if is_wandb(logger) else row, step=step)
             logger.save()
         self._show(trainer)
+        if not self._has_told:
+            self._tell_of_nonfinite(trainer)
+
+    def _tell_of_nonfinite(self, trainer: Trainer) -> None:
+        """Warn of non-finite gradients: when the first one is logged, and of further ones at the end of fit."""
+        total = sum(clipper.nonfinite_total for clipper in self.clippers)
+        if total <= self._told or grad_scaler(trainer) is not None:
+            return  # with a `GradScaler` overflows are the way in which it finds its scale
+        self._told, self._has_told = total, True
+        done = "left out" if self._arguments["nonfinite"] == "skip" else "applied as they were"
+        rank_zero_warn(
+            f"{total} of {sum(clipper.steps for clipper in self.clippers)} optimizer steps so far had a NaN or an"
+            f' infinity in their gradient and were {done}. `{type(self).__name__}(nonfinite="raise")` stops at such a'
+            " step and names batch and parameters."
+        )
 
     def _show(self, trainer: Trainer) -> None:
         """Put the latest summary into ``trainer.callback_metrics``, for `ModelCheckpoint` and `EarlyStopping`."""
@@ -304,8 +334,11 @@ class GradientClipping(Callback):
         """The error with what only the Trainer knows: step, batch and the parameters' names."""
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         bad = ", ".join(names.get(id(parameter), "(not in the model)") for parameter in error.parameters)
-        where = f"optimizer step {trainer.global_step}, epoch {trainer.current_epoch}, batch {self._batch_idx}"
-        return NonFiniteGradientError(f"{error} At {where}. Parameters: {bad}.", error.parameters)
+        where = f"At optimizer step {trainer.global_step} (epoch {trainer.current_epoch}, batch {self._batch_idx}):"
+        return NonFiniteGradientError(
+            f'{where} {error} They are: {bad}. Look at that batch, or use `nonfinite="skip"` to leave such steps out.',
+            error.parameters,
+        )
 
 
 class AutoClip(GradientClipping):

@@ -119,7 +119,9 @@ class GradientClipper:
         self._optimizer: weakref.ref[Optimizer] | None = None
 
     @torch.no_grad()
-    def clip_(self, target: Optimizer | Iterable[Tensor], grad_scaler: GradScaler | None = None) -> StepRecord | None:
+    def clip_(
+        self, target: Optimizer | Tensor | Iterable[Tensor], grad_scaler: GradScaler | None = None
+    ) -> StepRecord | None:
         """Clip the gradients of an optimizer, or of some parameters, in place.
 
         Args:
@@ -133,6 +135,7 @@ class GradientClipper:
 
         Raises:
             NonFiniteGradientError: With ``nonfinite="raise"``, at a NaN or an infinity.
+            TypeError: ``target`` is neither an optimizer nor parameters, or the policy gave no single number.
             ValueError: The clipper has served another optimizer before.
         """
         optimizer = target if isinstance(target, Optimizer) else None
@@ -174,7 +177,12 @@ class GradientClipper:
         self.steps += 1
         self._nonfinite = self._nonfinite.to(norm.device) + (norm < math.inf).logical_not()
         size = self.history.size
-        threshold = self.policy(self.history.ordered, size).to(torch.float32).reshape(())
+        threshold = self.policy(self.history.ordered, size)
+        if not isinstance(threshold, Tensor) or threshold.numel() != 1:
+            raise TypeError(
+                f"Expected `policy` to return a tensor of shape (), but {self.policy!r} gave {threshold!r}."
+            )
+        threshold = threshold.to(torch.float32).reshape(())
         known = size > 0 if self.steps > self.warmup_steps else torch.zeros_like(size, dtype=torch.bool)
         threshold = torch.where(known, threshold, math.inf)
         if self.max_threshold < math.inf:
@@ -236,10 +244,17 @@ class GradientClipper:
         return {**self.__dict__, "_optimizer": None}  # a weak reference does not pickle
 
 
-def _parameters_of(target: Optimizer | Iterable[Tensor]) -> Iterable[Tensor]:
+def _parameters_of(target: Optimizer | Tensor | Iterable[Tensor]) -> list[Tensor]:
     if isinstance(target, Optimizer):
-        return (parameter for group in target.param_groups for parameter in group["params"])
-    return target
+        return [parameter for group in target.param_groups for parameter in group["params"]]
+    parameters = [target] if isinstance(target, Tensor) else list(target) if isinstance(target, Iterable) else [target]
+    for parameter in parameters:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"Expected `target` to be an optimizer or parameters, but got a `{type(parameter).__name__}`. Pass the"
+                " optimizer, or `model.parameters()`."
+            )
+    return parameters
 
 
 def _pending_scale(grad_scaler: GradScaler | None, optimizer: Optimizer | None) -> Tensor | None:
@@ -264,8 +279,8 @@ def _raise_if_nonfinite(norm: Tensor, norms: Tensor, gradients: Gradients, grad_
     finite = norms.isfinite().tolist()
     bad = [parameter for parameter, is_finite in zip(gradients.parameters, finite, strict=True) if not is_finite]
     raise NonFiniteGradientError(
-        f"The gradient's norm is {norm.item()}; {len(bad)} of {len(finite)} parameters have a NaN or an infinity in"
-        ' their gradient. Use `nonfinite="skip"` to leave such steps out.',
+        f"The norm of the gradient is {norm.item()}: there is a NaN or an infinity in the gradient of {len(bad)} of"
+        f" {len(finite)} parameters.",
         bad,
     )
 

@@ -13,7 +13,18 @@ from lightning_autoclip.history import check_percentile, percentile_of
 
 
 class Policy(ABC):
-    """A rule that turns recorded norms into a threshold. Subclass it for a rule of your own."""
+    """A rule that turns recorded norms into a threshold. Subclass it for a rule of your own.
+
+    Example:
+        >>> import torch
+        >>> from lightning_autoclip import Policy
+        >>> class TwiceTheMean(Policy):
+        ...     def __call__(self, norms, count):
+        ...         recorded = torch.arange(norms.numel(), device=norms.device) < count
+        ...         return 2 * torch.where(recorded, norms, 0.0).sum() / count
+        >>> TwiceTheMean()(torch.tensor([1.0, 2.0, float("inf")]), torch.tensor(2))
+        tensor(3.)
+    """
 
     @abstractmethod
     def __call__(self, norms: Tensor, count: Tensor) -> Tensor:
@@ -35,7 +46,7 @@ class Percentile(Policy):
     """``multiplier`` times a percentile of the recorded norms (AutoClip).
 
     Args:
-        percentile: Between 0 and 100, linear interpolation. 100 with ``multiplier=1`` never clips.
+        percentile: Between 0 and 100, linear interpolation. By norm, 100 with ``multiplier=1`` never clips.
         multiplier: Above 0. ``Percentile(50, multiplier=2)`` is twice the median.
 
     Raises:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -62,6 +63,18 @@ class Net(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return self.optimizer(self.parameters())
+
+
+class SpawnedDDP(DDPStrategy):
+    """``ddp_spawn`` that leaves no process group behind: at a process's end gloo's threads may abort it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(start_method="spawn", **kwargs)
+
+    def teardown(self) -> None:
+        super().teardown()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def trainer(*callbacks: Any, **kwargs: Any) -> Trainer:

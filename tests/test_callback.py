@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from helpers import Net, loader, trainer, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -93,6 +94,33 @@ def test_a_callback_does_not_pickle_the_model_with_it():
     assert torch.equal(copy.clippers[0].history.recorded, autoclip.clippers[0].history.recorded)
 
 
+def test_it_works_in_a_trainer_of_pytorch_lightning():
+    class Theirs(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net().net
+
+        training_step, loss = Net.training_step, Net.loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
+    theirs, ours = Theirs(), Net()
+    pl.Trainer(accelerator="cpu", callbacks=[AutoClip(30)], **quiet).fit(theirs, loader())
+    trainer(AutoClip(30)).fit(ours, loader())
+    assert torch.equal(weights(theirs), weights(ours))
+    with pytest.raises(MisconfigurationException, match="would both clip"):
+        pl.Trainer(accelerator="cpu", callbacks=[AutoClip()], gradient_clip_val=1.0, **quiet).fit(theirs, loader())
+
+
+def test_a_callback_shows_its_arguments():
+    assert repr(AutoClip(90, window=None)) == (
+        "AutoClip(Percentile(percentile=90.0, multiplier=1.0), gradient_clip_algorithm='norm', window=None,"
+        " warmup_steps=0, max_threshold=None, nonfinite='skip')"
+    )
+
+
 # --- several optimizers -----------------------------------------------------------------------------------------------
 
 
@@ -156,6 +184,10 @@ def refused(match: str, *callbacks: Callback, model: Net | None = None, **kwargs
 def test_the_trainers_own_clipping_is_refused_beside_the_callback():
     refused("`Trainer(gradient_clip_val=1.0)` and `AutoClip` would both clip", AutoClip(), gradient_clip_val=1.0)
     trainer(AutoClip(), gradient_clip_val=0).fit(Net(), loader())  # Lightning's way to say off
+
+
+def test_the_trainers_own_algorithm_is_refused_beside_the_callback():
+    refused("give `gradient_clip_algorithm` to the callback", AutoClip(), gradient_clip_algorithm="value")
 
 
 def test_two_clipping_callbacks_are_refused():
@@ -253,6 +285,24 @@ def test_a_fit_that_steps_past_the_callback_ends_with_a_warning():
         trainer(AutoClip()).fit(Raw(), loader())
 
 
+@pytest.mark.parametrize("at", [range(3, 16), [2]], ids=["diverged", "once"])
+@pytest.mark.parametrize(("nonfinite", "done"), [("skip", "left out"), ("ignore", "applied as they were")])
+def test_nonfinite_steps_are_told_of_when_they_are_logged_and_at_the_end(at, nonfinite, done):
+    class Diverging(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (math.nan if batch_idx in at else 1.0)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(AutoClip(nonfinite=nonfinite), log_every_n_steps=4).fit(Diverging(), loader())
+    told = [str(w.message) for w in caught if "NaN or an infinity" in str(w.message)]
+    logged = "1 of 4" if nonfinite == "skip" or len(at) > 1 else "2 of 4"
+    total = 16 - min(at) if nonfinite == "ignore" else len(at)  # once applied, a NaN stays
+    expected = [logged] if (total, logged) == (1, "1 of 4") else [logged, f"{total} of 16"]
+    assert [message.partition(" optimizer steps")[0] for message in told] == expected
+    assert all(done in message for message in told)
+
+
 def test_an_ordinary_fit_gives_no_warning_of_ours():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -300,6 +350,6 @@ def test_raise_names_step_batch_and_parameters():
             loss = super().training_step(batch, batch_idx)
             return loss + (self.net[2].bias * math.nan).sum() if (self.current_epoch, batch_idx) == (1, 3) else loss
 
-    where = r"optimizer step 19, epoch 1, batch 3\. Parameters: net\.2\.bias\."
-    with pytest.raises(NonFiniteGradientError, match=rf"1 of 4 parameters .*{where}"):
+    where = r"At optimizer step 19 \(epoch 1, batch 3\): .* is nan: .* of 1 of 4 parameters\. They are: net\.2\.bias\."
+    with pytest.raises(NonFiniteGradientError, match=where):
         trainer(AutoClip(nonfinite="raise"), max_epochs=2).fit(Spoiled(), loader())

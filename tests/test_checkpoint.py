@@ -175,13 +175,13 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_holds_the_norms_recorded_so_far(
 @pytest.mark.parametrize(
     ("resumed", "oracle", "was", "now"),
     [
-        (AutoClip(90, window=7), 90, r"percentile=10\.0", r"percentile=90\.0"),
+        (AutoClip(90, window=7), 90, r"'percentile': 10\.0", r"'percentile': 90\.0"),
         (GradientClipping(ZScore(1), window=7), lambda norms: norms.mean() + norms.std(), "Percentile", "ZScore"),
         (AutoClip(50, window=3), 50, "window=7", "window=3"),
         (AutoClip(50, window=12), 50, "window=7", "window=12"),
         (AutoClip(50, window=12, warmup_steps=9), 50, "warmup_steps=0", "warmup_steps=9"),
         (AutoClip(50, window=None), 50, "window=7", "window=None"),
-        (AutoClip(10, window=7, nonfinite="raise"), 10, "nonfinite=skip", "nonfinite=raise"),
+        (AutoClip(10, window=7, nonfinite="raise"), 10, "nonfinite='skip'", "nonfinite='raise'"),
         (AutoClip(10, window=7, max_threshold=0.9), lambda norms: min(0.9, np.percentile(norms, 10)), "None", r"0\.9"),
     ],
     ids=["percentile", "policy", "smaller", "larger", "larger-after-warm-up", "full-history", "nonfinite", "maximum"],

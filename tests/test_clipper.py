@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_autoclip import Constant, GradientClipper, NonFiniteGradientError, Percentile, ZScore, gradients
+from lightning_autoclip import Constant, GradientClipper, NonFiniteGradientError, Percentile, Policy, ZScore, gradients
 
 GRADIENT = (2.0, -6.0, 8.0, -3.0, 5.0)
 ENTRIES = st.floats(-(2**10), 2**10, width=32).filter(lambda x: x == 0 or abs(x) > 2**-10)
@@ -241,7 +241,7 @@ def test_ignore_leaves_the_gradient_as_it_is(form):
 
 def test_raise_names_the_parameters(form):
     fine, bad = with_gradient([1.0]), with_gradient([math.nan])
-    with pytest.raises(NonFiniteGradientError, match="norm is nan; 1 of 2 parameters") as error:
+    with pytest.raises(NonFiniteGradientError, match=r"norm of the gradient is nan: .* of 1 of 2 parameters") as error:
         clip(Constant(1.0), fine, bad, nonfinite="raise")
     assert error.value.parameters == [bad]
 
@@ -394,3 +394,25 @@ def test_raise_waits_until_the_scale_is_down_to_one():
 def test_a_bad_argument_is_refused(arguments, error, message):
     with pytest.raises(error, match=message.replace("(", r"\(")):
         GradientClipper(**{"policy": Percentile(10), **arguments})
+
+
+def test_one_parameter_is_clipped_like_a_list_of_one():
+    parameter = with_gradient([3.0, 4.0])
+    assert GradientClipper(Constant(1.0)).clip_(parameter).norm == 5
+    assert norm_of([parameter]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("target", [nn.Linear(1, 1), {"weight": 1}, 3], ids=["module", "mapping", "number"])
+def test_what_is_no_parameter_is_refused(target):
+    with pytest.raises(TypeError, match=r"Expected `target` to be an optimizer or parameters.*`model\.parameters\(\)`"):
+        GradientClipper(Constant(1.0)).clip_(target)
+
+
+@pytest.mark.parametrize("result", [0.5, torch.ones(2)], ids=["float", "vector"])
+def test_a_policy_that_returns_no_single_tensor_is_refused(result):
+    class Wrong(Policy):
+        def __call__(self, norms, count):
+            return result
+
+    with pytest.raises(TypeError, match=r"Expected `policy` to return a tensor of shape \(\)"):
+        clip(Wrong(), with_gradient([1.0]))

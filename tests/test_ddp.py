@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from helpers import Net, dataset, trainer, weights
+from helpers import Net, SpawnedDDP, dataset, trainer, weights
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed, multiprocessing, nn
@@ -178,7 +178,7 @@ def test_a_nan_on_one_rank_is_counted_once_and_skipped_by_both(case, steps, rank
 
 def test_a_nan_on_one_rank_raises_on_both(ranks):
     first, second = ranks("raise")
-    assert "optimizer step 3, epoch 0, batch 3" in first
+    assert "At optimizer step 3 (epoch 0, batch 3)" in first
     assert first == second
 
 
@@ -203,7 +203,7 @@ def test_the_callback_survives_being_pickled_by_ddp_spawn(tmp_path, ranks):
     before = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(TIMEOUT)
     try:
-        seen = train("nan", strategy="ddp_spawn", devices=2)
+        seen = train("nan", strategy=SpawnedDDP(), devices=2)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from helpers import Net, loader, norm_of, trainer
+from helpers import Net, SpawnedDDP, loader, norm_of, trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -378,7 +378,7 @@ def test_wandb_knows_each_metric_by_name_and_the_settings(tmp_path: Path, prefix
     summary = {"min": min(values), "max": max(values), "mean": sum(values) / 4, "last": values[-1]}
     assert run.summary[f"{name}grad_norm_max"] == pytest.approx(summary)
     settings = {"gradient_clip_algorithm": "norm", "window": WINDOW, "warmup_steps": 0, "max_threshold": None}
-    settings |= {"policy": "Percentile(percentile=50.0, multiplier=1.0)", "nonfinite": "skip"}
+    settings |= {"policy": {"name": "Percentile", "percentile": 50.0, "multiplier": 1.0}, "nonfinite": "skip"}
     assert run.config["autoclip"] == settings
 
 
@@ -419,7 +419,7 @@ class FilePerRank(Logger):
 
 @pytest.mark.distributed
 def test_only_rank_zero_logs(tmp_path: Path) -> None:
-    fit(Noting(), FilePerRank(tmp_path), log_every_step=True, devices=2, strategy="ddp_spawn", bad={})
+    fit(Noting(), FilePerRank(tmp_path), log_every_step=True, devices=2, strategy=SpawnedDDP(), bad={})
     zero, one = ([json.loads(line) for line in (tmp_path / rank).read_text().splitlines()] for rank in "01")
     assert [row["step"] for row in zero if "autoclip/grad_norm" in row] == [4, 7]
     assert [row["step"] for row in zero if "autoclip/step/threshold" in row] == [*range(8)]
