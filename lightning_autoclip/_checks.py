@@ -31,22 +31,31 @@ def check_number(name: str, value: Any, rule: str, low: float, high: float = mat
     return number
 
 
+def check_positive(name: str, value: Any) -> float:
+    """Return ``value`` as a float, or raise if it is not a number above 0 that float32 can hold."""
+    number = check_number(name, value, "a number above 0", 0, open_low=True)
+    if not 1e-37 < number < 3e38:
+        raise ValueError(f"Expected `{name}` to lie in the range of float32, but got {value!r}.")
+    return number
+
+
 def check_integer(name: str, value: Any, rule: str, low: int) -> int:
     """Return ``value`` as an int, or raise if it is not a whole number of at least ``low``.
 
     Raises:
         TypeError: ``value`` is no integer (a bool and ``10.0`` are none).
-        ValueError: ``value`` is below ``low``.
+        ValueError: ``value`` is below ``low``, or no int64.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"Expected `{name}` to be {rule}, but got {value!r} of type `{type(value).__name__}`.")
-    if value < low:
+    if not low <= int(value) < 2**63:
         raise ValueError(f"Expected `{name}` to be {rule}, but got {value!r}.")
     return int(value)
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
-    """Return ``value``, or raise ``ValueError`` if it is not one of ``choices``."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
-    return value
+    """Return the one of ``choices`` that ``value`` equals (as a plain str), or raise ``ValueError``."""
+    for choice in choices:
+        if isinstance(value, str) and value == choice:
+            return choice
+    raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")

@@ -32,7 +32,7 @@ class GradientClipping(Callback):
         policy: From recorded norms to a threshold: `Percentile`, `ZScore`, `Constant`, or a `Policy` of your own.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``, as the Trainer's own argument.
         window: How many of the last optimizer steps the policy sees, at least 1; ``None`` for all of them.
-        warmup_steps: The first so many recorded steps are observed, not clipped.
+        warmup_steps: The first so many steps are recorded, not clipped.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
         nonfinite: What happens to a step whose gradient holds a NaN or an infinity: ``"skip"``, ``"raise"`` or
             ``"ignore"``; see `GradientClipper`.
@@ -68,7 +68,9 @@ class GradientClipping(Callback):
             "nonfinite": nonfinite,
         }
         clipper = self._new_clipper()  # refuses bad arguments now rather than at the start of fit
-        self._arguments |= {"window": clipper.history.window, "warmup_steps": clipper.warmup_steps}
+        for name in ("gradient_clip_algorithm", "warmup_steps", "nonfinite"):
+            self._arguments[name] = getattr(clipper, name)  # as plain values, which a checkpoint can hold
+        self._arguments["window"] = clipper.history.window
         self._arguments["max_threshold"] = None if max_threshold is None else clipper.max_threshold
         self.clippers: list[GradientClipper] = []  # one per optimizer
         self._recorders: list[Recorder] = []
@@ -271,7 +273,7 @@ class GradientClipping(Callback):
                 f"The checkpoint's state of `{self.state_key}` is damaged or not of this callback ({error!r}). Resume"
                 " from another checkpoint, or delete that entry to start with an empty record."
             ) from error
-        self.clippers, self._trained = clippers, False
+        self.clippers, self._trained = clippers, self._stage == "fit"  # by hand, it is for the fit to come
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the stage that :meth:`setup` entered."""
@@ -353,7 +355,7 @@ class AutoClip(GradientClipping):
             the percentile is one of the root-mean-square entry.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``, as the Trainer's own argument.
         window: How many of the last optimizer steps count, at least 1; ``None`` for all of them, as in the paper.
-        warmup_steps: The first so many recorded steps are observed, not clipped.
+        warmup_steps: The first so many steps are recorded, not clipped.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
         nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``; see `GradientClipper`.
         log_every_step: Also log the exact series ``autoclip/step/grad_norm`` and ``autoclip/step/threshold``.

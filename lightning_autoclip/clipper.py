@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
-from lightning_autoclip._checks import check_choice, check_integer, check_number
+from lightning_autoclip._checks import check_choice, check_integer, check_positive
 from lightning_autoclip.gradients import Gradients, reads_are_free, total
 from lightning_autoclip.history import History
 from lightning_autoclip.policies import Policy
@@ -102,21 +102,16 @@ class GradientClipper:
     ) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"Expected `policy` to be a `Policy` such as `Percentile(10)`, but got {policy!r}.")
-        check_choice("gradient_clip_algorithm", gradient_clip_algorithm, get_args(Algorithm))
-        check_choice("nonfinite", nonfinite, get_args(NonFinite))
-        if max_threshold is not None:
-            max_threshold = check_number(
-                "max_threshold", max_threshold, "a number above 0, or `None`", 0, open_low=True
-            )
+        algorithms, reactions = get_args(Algorithm), get_args(NonFinite)
         self.policy = policy
-        self.gradient_clip_algorithm = gradient_clip_algorithm
+        self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, algorithms)
+        self.nonfinite = check_choice("nonfinite", nonfinite, reactions)
         self.warmup_steps = check_integer("warmup_steps", warmup_steps, "an integer of at least 0", 0)
-        self.max_threshold = math.inf if max_threshold is None else max_threshold
-        self.nonfinite = nonfinite
+        self.max_threshold = math.inf if max_threshold is None else check_positive("max_threshold", max_threshold)
         self.history = History(window)
         self.steps = 0
-        self._nonfinite = torch.zeros(())
-        self._optimizer: weakref.ref[Optimizer] | None = None
+        self._nonfinite = torch.zeros((), dtype=torch.float32)
+        self._optimizer: weakref.ref[Any] | None = None
 
     @torch.no_grad()
     def clip_(
@@ -138,14 +133,15 @@ class GradientClipper:
             TypeError: ``target`` is neither an optimizer nor parameters, or the policy gave no single number.
             ValueError: The clipper has served another optimizer before.
         """
-        optimizer = target if isinstance(target, Optimizer) else None
+        target = _unwrapped(target)
+        optimizer = target if hasattr(target, "param_groups") else None
         if optimizer is not None:
             self._bind(optimizer)
         gradients = Gradients.of(_parameters_of(target))
         if not gradients.tensors:
             return None
         scale = _pending_scale(grad_scaler, optimizer)
-        if scale is not None and self.nonfinite == "skip" and _must_not_skip_itself(optimizer, gradients):
+        if scale is not None and self.nonfinite == "skip" and _must_not_skip_itself(optimizer):
             grad_scaler.unscale_(optimizer)  # type: ignore[union-attr, arg-type]
             scale = None
         norms = gradients.norms()
@@ -163,8 +159,8 @@ class GradientClipper:
         record = StepRecord(norm, clipped_norm, statistic, threshold, self._nonfinite)
         if self.nonfinite == "raise":
             _raise_if_nonfinite(record.norm, norms, gradients, grad_scaler)
-        elif self.nonfinite == "skip" and scale is None:  # with a pending scale the scaler sees the overflow itself
-            _skip_if_nonfinite(record.norm, gradients, optimizer, grad_scaler)
+        elif self.nonfinite == "skip":
+            _skip_if_nonfinite(record.norm, gradients, optimizer, grad_scaler, pending=scale is not None)
         return record
 
     def _decide(self, norm: Tensor, statistic: Tensor) -> Tensor:
@@ -194,7 +190,8 @@ class GradientClipper:
         """How many steps so far had a NaN or an infinity in their gradient. Reads the host."""
         return int(self._nonfinite)
 
-    def _bind(self, optimizer: Optimizer) -> None:
+    def _bind(self, optimizer: Any) -> None:
+        _forget_found_inf(optimizer)  # of a step that was given up
         served = None if self._optimizer is None else self._optimizer()
         if served is optimizer:
             return
@@ -238,16 +235,24 @@ class GradientClipper:
             raise ValueError(f"The state of a `GradientClipper` is damaged or not one: {error!r}.") from error
         if bool((self.history.ordered <= 0).any()):
             raise ValueError("The state of a `GradientClipper` is damaged: its norms are not all above 0.")
-        self.steps, self._nonfinite = steps, torch.tensor(float(min(nonfinite_total, steps)))
+        self.steps, self._nonfinite = steps, torch.tensor(min(nonfinite_total, steps), dtype=torch.float32)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None}  # a weak reference does not pickle
 
 
-def _parameters_of(target: Optimizer | Tensor | Iterable[Tensor]) -> list[Tensor]:
-    if isinstance(target, Optimizer):
+def _unwrapped(target: Any) -> Any:
+    """The optimizer inside Lightning's and Fabric's wrappers, which scalers and hooks know by its own identity."""
+    while any(base.__name__ in ("LightningOptimizer", "_FabricOptimizer") for base in type(target).__mro__):
+        target = target.optimizer
+    return target
+
+
+def _parameters_of(target: Any) -> list[Tensor]:
+    if hasattr(target, "param_groups"):
         return [parameter for group in target.param_groups for parameter in group["params"]]
-    parameters = [target] if isinstance(target, Tensor) else list(target) if isinstance(target, Iterable) else [target]
+    several = isinstance(target, Iterable) and not isinstance(target, Tensor)
+    parameters = list({id(parameter): parameter for parameter in (target if several else [target])}.values())
     for parameter in parameters:
         if not isinstance(parameter, Tensor):
             raise TypeError(
@@ -257,7 +262,7 @@ def _parameters_of(target: Optimizer | Tensor | Iterable[Tensor]) -> list[Tensor
     return parameters
 
 
-def _pending_scale(grad_scaler: GradScaler | None, optimizer: Optimizer | None) -> Tensor | None:
+def _pending_scale(grad_scaler: GradScaler | None, optimizer: Any) -> Tensor | None:
     """The scale by which the gradients are still multiplied: shape ``()``, float32; ``None`` if they are not."""
     if grad_scaler is None or not grad_scaler.is_enabled():
         return None
@@ -279,47 +284,57 @@ def _raise_if_nonfinite(norm: Tensor, norms: Tensor, gradients: Gradients, grad_
     finite = norms.isfinite().tolist()
     bad = [parameter for parameter, is_finite in zip(gradients.parameters, finite, strict=True) if not is_finite]
     raise NonFiniteGradientError(
-        f"The norm of the gradient is {norm.item()}: there is a NaN or an infinity in the gradient of {len(bad)} of"
-        f" {len(finite)} parameters.",
+        f"The norm of the gradient is {norm.item()}: there is a NaN or an infinity (or a norm beyond float32) in the"
+        f" gradient of {len(bad)} of {len(finite)} parameters.",
         bad,
     )
 
 
 def _skip_if_nonfinite(
-    norm: Tensor, gradients: Gradients, optimizer: Optimizer | None, grad_scaler: GradScaler | None
+    norm: Tensor, gradients: Gradients, optimizer: Any, grad_scaler: GradScaler | None, pending: bool
 ) -> None:
     """See to it that the coming step moves no weight if the norm is not finite: neither momentum nor weight decay."""
-    if not reads_are_free(norm.device) and not _must_not_skip_itself(optimizer, gradients):
+    nonfinite = (norm < math.inf).logical_not()
+    if pending:
+        # The scaler will look for an infinity itself. A norm beyond float32 is one too, though no entry may be.
+        first = gradients.tensors[0]
+        first[(0,) * first.dim()].add_(torch.where(nonfinite, math.inf, 0.0).to(first.device))
+        return
+    if not reads_are_free(norm.device) and not _must_not_skip_itself(optimizer):
         if grad_scaler is not None and grad_scaler.is_enabled():
-            return  # it has found the infinity when it unscaled, and skips the step
+            for found_inf in grad_scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+                found_inf.add_(nonfinite.to(found_inf))  # where it looks before the step
+            return
         if _steps_with_found_inf(optimizer):
             # A fused step that finds 1 here leaves weights and state as they are.
-            optimizer.found_inf = (norm < math.inf).logical_not().to(torch.float32)  # type: ignore[union-attr]
-            optimizer._found_inf_is_the_clippers = True  # type: ignore[union-attr]
+            optimizer.found_inf = optimizer._clippers_found_inf = nonfinite.to(torch.float32)
             return
-    if not math.isfinite(norm.item()):
+    if nonfinite.item():
         for parameter in gradients.parameters:
             parameter.grad = None
 
 
-def _steps_with_found_inf(optimizer: Optimizer | None) -> bool:
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
+def _steps_with_found_inf(optimizer: Any) -> bool:
+    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return supports and all(group.get("fused") for group in optimizer.param_groups)
 
 
-def _must_not_skip_itself(optimizer: Optimizer | None, gradients: Gradients) -> bool:
+def _must_not_skip_itself(optimizer: Any) -> bool:
     """Whether a fused step that is told to skip would leave uninitialised memory as momentum behind.
 
-    Fused SGD allocates its momentum buffers in the first step without filling them, and a skipped kernel leaves them
-    so (torch 2.13, also under a `GradScaler`). That step must be skipped by having no gradients.
+    Fused SGD allocates momentum buffers when it first meets their parameters, without filling them, and a skipped
+    kernel leaves them so (torch 2.13, also under a `GradScaler`). That step must be skipped by having no gradients.
     """
-    return (
-        _steps_with_found_inf(optimizer)
-        and any(group.get("momentum") for group in optimizer.param_groups)  # type: ignore[union-attr]
-        and len(optimizer.state) < len(gradients.parameters)  # type: ignore[union-attr]
+    return _steps_with_found_inf(optimizer) and any(
+        parameter.grad is not None and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
+        for group in optimizer.param_groups
+        if group.get("momentum")
+        for parameter in group["params"]
     )
 
 
-def _forget_found_inf(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+def _forget_found_inf(optimizer: Any, args: Any = None, kwargs: Any = None) -> None:
     """Take back what :func:`_skip_if_nonfinite` told a fused optimizer: torch would believe it at every later step."""
-    if optimizer.__dict__.pop("_found_inf_is_the_clippers", False):  # else it is the scaler's, which deletes it itself
-        del optimizer.found_inf  # type: ignore[attr-defined]
+    ours = optimizer.__dict__.pop("_clippers_found_inf", None)
+    if ours is not None and getattr(optimizer, "found_inf", None) is ours:  # a scaler's own it deletes itself
+        del optimizer.found_inf

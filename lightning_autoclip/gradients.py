@@ -46,6 +46,8 @@ class Gradients:
             if gradient.layout is not torch.strided:
                 gradient = parameter.grad = _coalesced(gradient)
                 gradient = gradient._values()
+            elif gradient.is_conj() or gradient.is_neg():
+                gradient = parameter.grad = gradient.resolve_conj().resolve_neg()
             owners.append(parameter)
             tensors.append(torch.view_as_real(gradient) if gradient.is_complex() else gradient)
         return cls(owners, tensors, numel)
@@ -95,7 +97,8 @@ class Gradients:
             limit = threshold.item()
             if norm < math.inf and limit < math.inf:
                 for tensor in self.tensors:
-                    tensor.clamp_(-limit, limit)
+                    bound = min(limit, torch.finfo(tensor.dtype).max)
+                    tensor.clamp_(-bound, bound)
             return
         limits = torch.where(norm.isfinite(), threshold, math.inf)
         for tensors, (low, high) in self._by_device(-limits, limits):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 
 from lightning_autoclip._checks import check_integer, check_number
@@ -76,6 +78,7 @@ class History(Metric):
     values: Tensor  # oldest first until the window is full, then a ring; +inf where there is none yet
     count: Tensor  # how many values came in; the ring goes on at `count % window`
     sorted: Tensor  # -inf, the values in ascending order, +inf to the end
+    length: Tensor  # of the ring; a state, so that a MetricCollection does not merge records of several windows
 
     def __init__(self, window: int | None = 100) -> None:
         super().__init__(sync_on_compute=False)
@@ -83,11 +86,12 @@ class History(Metric):
             window = check_integer("window", window, "an integer of at least 1, or `None` for the full history", 1)
         self.window = window
         capacity = _FIRST_CAPACITY if window is None else min(window, _FIRST_CAPACITY)
-        self.add_state("values", torch.full((capacity,), _INF), persistent=True)
+        empty = torch.full((capacity,), _INF, dtype=torch.float32)
+        self.add_state("values", empty, persistent=True)
         self.add_state("count", torch.zeros((), dtype=torch.int64), persistent=True)
-        self.add_state("sorted", torch.tensor([-_INF, *[_INF] * (capacity + 1)]))
+        self.add_state("sorted", torch.cat((-empty[:1], empty, empty[:1])))
+        self.add_state("length", torch.tensor(window or 0))
         self._spare = self.sorted.clone()  # what the next sorted record is written to
-        self._at_most = 0  # an upper bound of `count` that the host knows without reading it
 
     @torch.no_grad()
     def update(self, value: Tensor | float) -> None:
@@ -95,13 +99,21 @@ class History(Metric):
 
         Args:
             value: Shape ``()`` or ``(1,)``, a real dtype (kept as float32), or a float. Not recorded if not finite.
+
+        Raises:
+            ValueError: There is not exactly one value; :meth:`extend` takes many.
         """
-        value = torch.as_tensor(value, dtype=torch.float32, device=self.values.device).squeeze()
+        value = torch.as_tensor(value, dtype=torch.float32, device=self.values.device)
+        if value.numel() != 1:
+            raise ValueError(
+                f"Expected one `value`, but got a tensor of shape {tuple(value.shape)}. `extend` takes many."
+            )
+        value = value.reshape(())
         self._make_room()
         old, new = self.sorted, self._spare
         entering = value.nan_to_num(_INF, _INF, _INF)
         finite = entering < _INF
-        slot = (self.count if self.window is None else self.count % self.window).reshape(1)
+        slot = (self.count if self.window is None else self.count % self.length).reshape(1)
         oldest = self.values.gather(0, slot)  # +inf where the slot is still empty
         self.values.scatter_(0, slot, torch.where(finite, entering, oldest))
         self.count += finite
@@ -122,7 +134,7 @@ class History(Metric):
         values = torch.as_tensor(values, device=self.values.device).detach().reshape(-1).to(torch.float32)
         values = values[values.isfinite()]
         self._set(torch.cat((self.recorded, values)), int(self.count) + values.numel())
-        self._update_count += 1
+        self._update_count += values.numel()
         self._computed = None
 
     def compute(self) -> Tensor:
@@ -150,19 +162,22 @@ class History(Metric):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self._spare, self._at_most = self.sorted.clone(), 0
+        self._spare = self.sorted.clone()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Module:
+        """Follow a module to another device, but not to another dtype: values are float32, counts are not."""
+        return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), *args)
 
     def _make_room(self) -> None:
-        """Double the capacity if the next value could find none; follow the record to its device. Reads no host."""
-        capacity = self.values.numel()
-        if self._at_most >= capacity and (self.window is None or capacity < self.window):
+        """Double the capacity if this value could find no room; follow the record to its device. Reads no host."""
+        capacity = self.values.numel()  # of as many values as there were updates, this one included, at most
+        if self._update_count > capacity and (self.window is None or capacity < self.window):
             more = capacity if self.window is None else min(capacity, self.window - capacity)
             padding = self.values.new_full((more,), _INF)
             self.values = torch.cat((self.values, padding))
             self.sorted = torch.cat((self.sorted, padding))
         if self._spare.shape != self.sorted.shape or self._spare.device != self.sorted.device:
             self._spare = self.sorted.clone()
-        self._at_most += 1
 
     def _set(self, recorded: Tensor, count: int) -> None:
         """Make the last ``window`` of these values, oldest first, the record: the newest of ``count`` values."""
@@ -178,7 +193,6 @@ class History(Metric):
             count = kept.numel()
         self.count = torch.tensor(count, device=kept.device)
         self.sorted = torch.cat((kept.new_full((1,), -_INF), kept.sort().values, padding, kept.new_full((1,), _INF)))
-        self._at_most = count
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """The state: ``values`` (shape ``(n,)``, float32, oldest first) and ``count`` (shape ``()``, int64)."""
@@ -208,7 +222,7 @@ class History(Metric):
             )
         else:
             self._set(values.detach().to(self.values.device), int(count))
-            self._update_count, self._computed = int(count), None
+            self._update_count, self._computed = int(self.count), None
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

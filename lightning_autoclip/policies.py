@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_autoclip._checks import check_number
+from lightning_autoclip._checks import check_positive
 from lightning_autoclip.history import check_percentile, percentile_of
 
 
@@ -118,5 +118,4 @@ class Constant(Policy):
 
 
 def _check_positive(policy: Policy, name: str) -> None:
-    number = check_number(name, getattr(policy, name), "a number above 0", 0, open_low=True)
-    object.__setattr__(policy, name, number)
+    object.__setattr__(policy, name, check_positive(name, getattr(policy, name)))

@@ -15,8 +15,9 @@ import torch
 from helpers import Net, loader, trainer, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import nn
 
 from lightning_autoclip import (
@@ -119,6 +120,41 @@ def test_a_callback_shows_its_arguments():
         "AutoClip(Percentile(percentile=90.0, multiplier=1.0), gradient_clip_algorithm='norm', window=None,"
         " warmup_steps=0, max_threshold=None, nonfinite='skip')"
     )
+
+
+def test_lightnings_own_names_of_the_algorithms_are_plain_strings_in_a_checkpoint(tmp_path):
+    run = trainer(AutoClip(gradient_clip_algorithm=GradClipAlgorithmType.VALUE))
+    run.fit(Net(), loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    resumed = AutoClip(gradient_clip_algorithm="value")
+    trainer(resumed, max_epochs=2).fit(Net(), loader(), ckpt_path=tmp_path / "it.ckpt")
+    assert resumed.clippers[0].steps == 32
+
+
+def test_what_a_refused_resume_has_loaded_is_not_taken_for_a_new_training(tmp_path):
+    class Refusing(Callback):
+        def on_train_start(self, trainer, pl_module):
+            raise ValueError("not today")
+
+    run = trainer(AutoClip())
+    run.fit(Net(), loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    autoclip = AutoClip()
+    with pytest.raises(ValueError, match="not today"):
+        trainer(Refusing(), autoclip, max_epochs=2).fit(Net(), loader(), ckpt_path=tmp_path / "it.ckpt")
+    trainer(autoclip).fit(Net(), loader())
+    assert autoclip.clippers[0].steps == 16
+
+
+def test_the_learning_rate_finder_leaves_record_and_user_alone():
+    autoclip, model = AutoClip(), Net()
+    model.lr = 0.1
+    run = trainer(autoclip, LearningRateFinder(num_training_steps=5, update_attr=True))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(model, loader())
+    assert autoclip.clippers[0].steps == 16
+    assert not [w for w in caught if "AutoClip" in str(w.message)]
 
 
 # --- several optimizers -----------------------------------------------------------------------------------------------

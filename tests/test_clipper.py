@@ -11,6 +11,8 @@ import torch
 from helpers import norm_of, with_gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -385,9 +387,11 @@ def test_raise_waits_until_the_scale_is_down_to_one():
         ({"window": 1.5}, TypeError, "Expected `window` to be an integer of at least 1, or `None`"),
         ({"warmup_steps": -1}, ValueError, "Expected `warmup_steps` to be an integer of at least 0, but got -1"),
         ({"warmup_steps": 0.5}, TypeError, "Expected `warmup_steps` to be an integer of at least 0"),
-        ({"max_threshold": 0}, ValueError, "Expected `max_threshold` to be a number above 0, or `None`, but got 0"),
+        ({"max_threshold": 0}, ValueError, "Expected `max_threshold` to be a number above 0, but got 0"),
         ({"max_threshold": math.nan}, ValueError, "Expected `max_threshold` to be a number above 0"),
         ({"max_threshold": "1"}, TypeError, "Expected `max_threshold` to be a number above 0"),
+        ({"max_threshold": 1e39}, ValueError, "Expected `max_threshold` to lie in the range of float32"),
+        ({"window": 2**63}, ValueError, "Expected `window` to be an integer of at least 1"),
     ],
     ids=lambda value: repr(value) if isinstance(value, dict) else "",
 )
@@ -416,3 +420,113 @@ def test_a_policy_that_returns_no_single_tensor_is_refused(result):
 
     with pytest.raises(TypeError, match=r"Expected `policy` to return a tensor of shape \(\)"):
         clip(Wrong(), with_gradient([1.0]))
+
+
+# --- corners that once were wrong -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
+@pytest.mark.parametrize("scaler", [None, 1024.0], ids=["no scaler", "scaler"])
+def test_fabrics_wrapped_optimizer_steps_as_the_bare_one(form, fused, scaler):
+    """A wrapper has another identity than the optimizer that the scaler and the step know."""
+    plugin = scaler and MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scaler))
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=[plugin] if plugin else None)
+    layer = nn.Linear(3, 1)
+    nn.init.zeros_(layer.weight)
+    model, optimizer = fabric.setup(layer, SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=fused))
+    clipper = GradientClipper(Constant(1.0))
+    for factor in (1.0, math.nan, 1.0):
+        optimizer.zero_grad()
+        fabric.backward(model(torch.ones(2, 3)).sum() * factor)
+        record = clipper.clip_(optimizer, plugin.scaler if plugin else None)
+        assert factor != factor or record.norm.item() == pytest.approx(4.0, rel=1e-3)
+        optimizer.step()
+    assert layer.weight.detach().flatten().tolist() == pytest.approx([-0.1 * 0.5 * (1 + 1.9)] * 3, rel=1e-3)
+    assert clipper.nonfinite_total == 1
+
+
+@pytest.mark.parametrize("with_scaler", [False, True], ids=["no scaler", "scaler"])
+def test_a_group_that_joins_late_is_skipped_without_harm(form, with_scaler):
+    early, late = (nn.Parameter(torch.ones(5000)) for _ in range(2))
+    optimizer = SGD([{"params": [early]}, {"params": [late]}], lr=0.1, momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=with_scaler)
+    clipper = GradientClipper(Percentile(10))
+    for parameter, factor in ((early, 1.0), (late, math.nan), (late, 1.0)):
+        optimizer.zero_grad()
+        scaler.scale((parameter * factor).sum()).backward()
+        clipper.clip_(optimizer, scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    assert torch.equal(late, early)
+    assert clipper.nonfinite_total == 1
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
+@pytest.mark.parametrize("unscale", [False, True], ids=["scaled", "unscaled first"])
+def test_a_norm_beyond_float32_is_skipped_though_every_entry_is_finite(form, fused, unscale):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer, scaler = AdamW([weight], lr=0.1, fused=fused), torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale((weight * 1e20).sum()).backward()
+    if unscale:
+        scaler.unscale_(optimizer)
+    clipper = GradientClipper(Constant(1.0))
+    clipper.clip_(optimizer, scaler)
+    scaler.step(optimizer)
+    scaler.update()
+    assert weight.tolist() == [1.0] * 3
+    assert clipper.nonfinite_total == 1
+
+
+def test_an_optimizer_whose_groups_are_not_fused_after_all_is_clipped(form):
+    parameter = with_gradient([3.0, 4.0])
+    optimizer = AdamW([parameter], fused=True)
+    optimizer.param_groups[0]["fused"] = None  # as when an unfused run's state is loaded
+    GradientClipper(Constant(1.0)).clip_(optimizer)
+    optimizer.step()
+    assert norm_of([parameter]) == pytest.approx(1)
+
+
+def test_a_step_that_is_given_up_does_not_skip_a_later_one(monkeypatch):
+    monkeypatch.setattr("lightning_autoclip.clipper.reads_are_free", lambda device: False)
+    parameter = with_gradient([math.nan])
+    optimizer = AdamW([parameter], fused=True)
+    GradientClipper(Constant(1.0)).clip_(optimizer)  # and no step
+    parameter.grad = torch.ones(1)
+    GradientClipper(Constant(1.0), nonfinite="ignore").clip_(optimizer)
+    optimizer.step()
+    assert parameter.item() != 0
+
+
+def test_float16_gradients_are_clamped_at_what_float16_can_hold(form):
+    parameter = with_gradient([6e4, -6e4], torch.float16)
+    clip(Constant(1e5), parameter, gradient_clip_algorithm="value")
+    assert parameter.grad.tolist() == [6e4, -6e4]
+
+
+def test_lazily_conjugated_gradients_are_clipped(form):
+    weight = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    weight.grad = torch.tensor([3 + 4j, 0j]).conj()
+    negative = nn.Parameter(torch.ones(2))
+    negative.grad = torch.tensor([12j, 0j]).conj().imag
+    assert clip(Constant(1.3), weight, negative).norm == 13
+    assert weight.grad.tolist() == pytest.approx([0.3 - 0.4j, 0])
+    assert negative.grad.tolist() == pytest.approx([-1.2, 0])
+
+
+def test_a_parameter_that_is_given_twice_counts_once():
+    parameter = with_gradient([3.0, 4.0])
+    assert clip(Constant(1.0), parameter, parameter).norm == 5
+    assert norm_of([parameter]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_reach_the_record(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        clipper = GradientClipper(Percentile(50))
+        clipper.clip_([with_gradient([1.2345678])])
+        other = GradientClipper(Percentile(50))
+        other.load_state_dict(clipper.state_dict())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert other.history.recorded.tolist() == clipper.history.recorded.tolist() == [pytest.approx(1.2345678, rel=1e-7)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchmetrics import MetricCollection
 
 from lightning_autoclip import RunningPercentile
 
@@ -166,3 +167,39 @@ def test_a_bad_window_is_refused(window, error):
 def test_a_percentile_that_looks_like_a_fraction_warns():
     with pytest.warns(UserWarning, match="write `percentile=90`"):
         RunningPercentile(0.9)
+
+
+@pytest.mark.parametrize("window", [None, 1500], ids=str)
+def test_forward_grows_the_record_too(window):
+    metric = RunningPercentile(50, window)
+    for value in range(1600):
+        metric(float(value))
+    assert metric.compute() == np.percentile(np.arange(1600)[-(window or 1600) :], 50)
+
+
+@pytest.mark.parametrize("windows", [(None, 2000), (1024, None), (1024, 2000), (None, None)], ids=str)
+def test_percentiles_of_several_windows_share_a_collection(windows):
+    both = MetricCollection({str(i): RunningPercentile(50, window) for i, window in enumerate(windows)})
+    for value in range(3000):
+        both.update(float(value))
+    expected = {str(i): np.percentile(np.arange(3000)[-(window or 3000) :], 50) for i, window in enumerate(windows)}
+    assert {key: value.item() for key, value in both.compute().items()} == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_a_module_that_is_cast_leaves_the_record_in_float32(dtype):
+    module = torch.nn.Module()
+    module.metric = RunningPercentile(50)
+    module.to(dtype)
+    module.metric.update(1.2345678)
+    module.metric.set_dtype(dtype)
+    module.metric.update(1.2345678)
+    assert module.metric.compute().item() == pytest.approx(1.2345678, rel=1e-7)
+
+
+def test_several_values_at_once_are_refused_before_anything_is_recorded():
+    metric = RunningPercentile(50, 2)
+    metric.extend(torch.tensor([1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"Expected one `value`, but got a tensor of shape \(2,\)"):
+        metric.update(torch.ones(2))
+    assert metric.recorded.tolist() == [1.0, 2.0]
