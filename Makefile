@@ -1,4 +1,4 @@
-.PHONY: test lint types unit demo fuzz clean
+.PHONY: test lint types unit test-deepspeed demo fuzz clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -23,6 +23,18 @@ types: $(READY)
 unit: $(READY)
 	$(BIN)/pytest -q
 
+# DeepSpeed has an environment of its own: it builds against the torch that is there, and nobody else needs it.
+.venv-deepspeed/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-deepspeed
+	.venv-deepspeed/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		torch numpy pytest setuptools wheel
+	DS_BUILD_OPS=0 .venv-deepspeed/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation -e ".[deepspeed]"
+	touch $@
+
+test-deepspeed: .venv-deepspeed/ready ## ZeRO 1, 2 and 3 on two CPU processes
+	.venv-deepspeed/bin/pytest -q tests/test_deepspeed.py
+
 demo: $(READY) ## train the example three times and draw what clipping did
 	$(BIN)/python examples/char_lm.py
 
@@ -30,4 +42,4 @@ fuzz: $(READY) ## 100,000 random histories against numpy
 	$(BIN)/python tests/fuzz_percentile.py
 
 clean:
-	rm -rf .venv build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-deepspeed build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,13 +8,15 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import tensor
+from torch import Tensor, tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
-from lightning_autoclip.clipper import Algorithm, GradientClipper, NonFinite, NonFiniteGradientError
+from lightning_autoclip.clipper import Algorithm, GradientClipper, NonFinite, NonFiniteGradientError, StepRecord
+from lightning_autoclip.gradients import Shard
 from lightning_autoclip.policies import Percentile, Policy
 from lightning_autoclip.recorder import Recorder
-from lightning_autoclip.strategies import check_strategy, grad_scaler
+from lightning_autoclip.strategies import ZeroEngine, check_strategy, grad_scaler, gradient_shards, zero_engine
 from lightning_autoclip.wandb import describe_run, finite_part, is_wandb
 
 _ROWS_WITHOUT_LOGGING = 1024  # steps between two summaries with `Trainer(log_every_n_steps=0)`
@@ -78,6 +80,8 @@ class GradientClipping(Callback):
         self._stage: str | None = None
         self._batch_idx: int | None = None
         self._backward_ran = False
+        self._shards: dict[Tensor, Shard] | None = None  # of parameters that several ranks share
+        self._engine: ZeroEngine | None = None  # what clips in our place
         self._told = 0  # how many non-finite steps the user knows of
         self._has_told = False  # in this fit
         self._trained = False  # whether the record is that of a fit, rather than empty or loaded
@@ -128,7 +132,7 @@ class GradientClipping(Callback):
                 f"`{type(pl_module).__name__}.configure_gradient_clipping` is overridden and would clip what"
                 f" `{type(self).__name__}` has clipped. Remove the override or the callback."
             )
-        check_strategy(trainer)
+        check_strategy(trainer.strategy, self._arguments["gradient_clip_algorithm"])
         if self._trained and trainer.global_step == 0:  # fitting on with the same Trainer keeps the record
             self.clippers = []
 
@@ -147,6 +151,8 @@ class GradientClipping(Callback):
                 f"`{type(self).__name__}` holds the records of {len(self.clippers)} optimizers, but the model has"
                 f" {len(optimizers)}. Resume with the optimizers that the run was started with."
             )
+        self._shards = gradient_shards(trainer)
+        self._engine = zero_engine(trainer, skips=self._arguments["nonfinite"] == "skip")
         by_value = self._arguments["gradient_clip_algorithm"] == "value"
         self._recorders = [Recorder(prefix, by_value, self.log_every_step) for prefix in _prefixes(optimizers)]
         self._steps_seen, self._batch_idx, self._trained = [None] * len(optimizers), None, True
@@ -170,6 +176,8 @@ class GradientClipping(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, record, decide, clip."""
+        if self._engine is not None and not self._engine.is_at_a_step():
+            return
         index = next(i for i, candidate in enumerate(trainer.optimizers) if candidate is optimizer)
         scaler = grad_scaler(trainer)
         if trainer.fit_loop._skip_backward:
@@ -184,7 +192,7 @@ class GradientClipping(Callback):
             )
         self._steps_seen[index] = trainer.global_step
         try:
-            record = self.clippers[index].clip_(optimizer, scaler)
+            record = self._clip(self.clippers[index], optimizer, scaler)
         except NonFiniteGradientError as error:
             raise self._located(error, trainer, pl_module) from None
         if record is not None:
@@ -281,12 +289,20 @@ class GradientClipping(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs the module's `log` on every callback, and with it the whole model.
-        return {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
+        kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
+        return {**kept, "_shards": None, "_engine": None}  # of this process
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
     def _new_clipper(self) -> GradientClipper:
         return GradientClipper(self.policy, **self._arguments)
+
+    def _clip(self, clipper: GradientClipper, optimizer: Optimizer, scaler: GradScaler | None) -> StepRecord | None:
+        if self._engine is None:
+            return clipper.clip_(optimizer, scaler, self._shards)
+        record = clipper.record_(self._engine.norm(), self._engine.optimizer.loss_scale)
+        self._engine.clip_at(record.threshold)
+        return record
 
     def _compare_settings(self, written: dict[str, Any]) -> None:
         changed = {key: value for key, value in self.settings.items() if written[key] != value}
@@ -336,9 +352,10 @@ class GradientClipping(Callback):
         """The error with what only the Trainer knows: step, batch and the parameters' names."""
         names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
         bad = ", ".join(names.get(id(parameter), "(not in the model)") for parameter in error.parameters)
+        which = f" They are: {bad}." if bad else ""  # an engine does not tell
         where = f"At optimizer step {trainer.global_step} (epoch {trainer.current_epoch}, batch {self._batch_idx}):"
         return NonFiniteGradientError(
-            f'{where} {error} They are: {bad}. Look at that batch, or use `nonfinite="skip"` to leave such steps out.',
+            f'{where} {error}{which} Look at that batch, or use `nonfinite="skip"` to leave such steps out.',
             error.parameters,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from lightning_autoclip._checks import check_choice, check_integer, check_positive
-from lightning_autoclip.gradients import Gradients, reads_are_free, total
+from lightning_autoclip.gradients import Gradients, Shard, reads_are_free
 from lightning_autoclip.history import History
 from lightning_autoclip.policies import Policy
 
@@ -115,7 +115,10 @@ class GradientClipper:
 
     @torch.no_grad()
     def clip_(
-        self, target: Optimizer | Tensor | Iterable[Tensor], grad_scaler: GradScaler | None = None
+        self,
+        target: Optimizer | Tensor | Iterable[Tensor],
+        grad_scaler: GradScaler | None = None,
+        shards: Mapping[Tensor, Shard] | None = None,
     ) -> StepRecord | None:
         """Clip the gradients of an optimizer, or of some parameters, in place.
 
@@ -124,6 +127,8 @@ class GradientClipper:
             grad_scaler: The scaler of mixed-precision training, if there is one. Its ``unscale_`` may have been called
                 before or not: scaled gradients (all that a fused optimizer ever has) are measured and clipped at
                 their true scale.
+            shards: For gradients that several processes share without being DTensors (FSDP1): what this one holds of
+                each. All processes must then call this alike.
 
         Returns:
             The record of the step, or ``None`` where no parameter has a gradient.
@@ -137,31 +142,49 @@ class GradientClipper:
         optimizer = target if hasattr(target, "param_groups") else None
         if optimizer is not None:
             self._bind(optimizer)
-        gradients = Gradients.of(_parameters_of(target))
-        if not gradients.tensors:
+        gradients = Gradients.of(_parameters_of(target), shards)
+        if not gradients.tensors and gradients.shares is None:
             return None
         scale = _pending_scale(grad_scaler, optimizer)
         if scale is not None and self.nonfinite == "skip" and _must_not_skip_itself(optimizer):
             grad_scaler.unscale_(optimizer)  # type: ignore[union-attr, arg-type]
             scale = None
         norms = gradients.norms()
-        norm = total(norms)
+        norm, numel = gradients.whole(norms)
         scale = None if scale is None else scale.to(norm.device)
         norm = norm if scale is None else norm / scale
-        statistic = norm if self.gradient_clip_algorithm == "norm" else norm / math.sqrt(gradients.numel)
+        statistic = norm if self.gradient_clip_algorithm == "norm" else norm / numel**0.5
         threshold = self._decide(norm, statistic)
         if self.gradient_clip_algorithm == "norm":  # the factor is a ratio: the same at every loss scale
             gradients.clip_norm_(norm, threshold)
             clipped_norm = torch.minimum(norm, threshold)
         else:
             gradients.clip_value_(norm, threshold if scale is None else threshold * scale)
-            clipped_norm = gradients.norm() if scale is None else gradients.norm() / scale
+            clipped_norm, _ = gradients.whole(gradients.norms())
+            clipped_norm = clipped_norm if scale is None else clipped_norm / scale
         record = StepRecord(norm, clipped_norm, statistic, threshold, self._nonfinite)
         if self.nonfinite == "raise":
             _raise_if_nonfinite(record.norm, norms, gradients, grad_scaler)
         elif self.nonfinite == "skip":
             _skip_if_nonfinite(record.norm, gradients, optimizer, grad_scaler, pending=scale is not None)
         return record
+
+    @torch.no_grad()
+    def record_(self, norm: Tensor, loss_scale: float = 1.0) -> StepRecord:
+        """Record a norm that somebody else has measured, who is to clip at the threshold that is returned.
+
+        Args:
+            norm: Shape ``()``: the L2 norm of the whole gradient, at its true scale, equal on every process.
+            loss_scale: What the loss was multiplied by. Above 1 a norm that is not finite is nothing to raise.
+
+        Raises:
+            NonFiniteGradientError: With ``nonfinite="raise"``, if the norm is not finite.
+        """
+        norm = norm.to(torch.float32)
+        threshold = self._decide(norm, norm)
+        if self.nonfinite == "raise" and loss_scale <= 1 and not math.isfinite(norm.item()):
+            raise NonFiniteGradientError(f"The norm of the gradient is {norm.item()}.", [])
+        return StepRecord(norm, torch.minimum(norm, threshold), norm, threshold, self._nonfinite)
 
     def _decide(self, norm: Tensor, statistic: Tensor) -> Tensor:
         """Record the step and return its threshold."""
@@ -296,16 +319,19 @@ def _skip_if_nonfinite(
     """See to it that the coming step moves no weight if the norm is not finite: neither momentum nor weight decay."""
     nonfinite = (norm < math.inf).logical_not()
     if pending:
-        # The scaler will look for an infinity itself. A norm beyond float32 is one too, though no entry may be.
-        first = gradients.tensors[0]
-        first[(0,) * first.dim()].add_(torch.where(nonfinite, math.inf, 0.0).to(first.device))
+        # The scaler will look for an infinity itself. A norm beyond float32 is one too, though no entry may be, and so
+        # is the infinity of another process.
+        for tensor in [tensor for tensor in gradients.tensors if tensor.numel()][:1]:
+            tensor[(0,) * tensor.dim()].add_(torch.where(nonfinite, math.inf, 0.0).to(tensor.device))
         return
-    if not reads_are_free(norm.device) and not _must_not_skip_itself(optimizer):
-        if grad_scaler is not None and grad_scaler.is_enabled():
-            for found_inf in grad_scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
-                found_inf.add_(nonfinite.to(found_inf))  # where it looks before the step
+    scales = grad_scaler is not None and grad_scaler.is_enabled()
+    if scales:
+        for found_inf in grad_scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():  # type: ignore[union-attr]
+            found_inf.add_(nonfinite.to(found_inf))  # where it looks before the step
+    if not _must_not_skip_itself(optimizer):
+        if scales:
             return
-        if _steps_with_found_inf(optimizer):
+        if not reads_are_free(norm.device) and _steps_with_found_inf(optimizer):
             # A fused step that finds 1 here leaves weights and state as they are.
             optimizer.found_inf = optimizer._clippers_found_inf = nonfinite.to(torch.float32)
             return

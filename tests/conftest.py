@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -10,9 +11,18 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+collect_ignore = [] if find_spec("deepspeed") else ["test_deepspeed.py"]  # `make test-deepspeed` has it
 
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
     """Nothing that a test writes lands in the checkout."""
     monkeypatch.chdir(tmp_path)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out, by name, what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        needing = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in needing]

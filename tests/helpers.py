@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -75,6 +76,34 @@ class SpawnedDDP(DDPStrategy):
         super().teardown()
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def run_on_two_ranks(work: Callable[..., None], *args: Any, timeout: float = 120) -> None:
+    """Run ``work(rank, *args)`` in two processes; kill both and fail if they are not through in time (a deadlock)."""
+    started = multiprocessing.start_processes(work, args=args, nprocs=2, join=False)
+    deadline = time.monotonic() + timeout
+    try:
+        while not started.join(timeout=1):
+            assert time.monotonic() < deadline, f"The ranks are not through after {timeout} s: a deadlock?"
+    finally:
+        for process in started.processes:
+            process.kill()
+
+
+class Batches(LightningDataModule):
+    """Global batches of eight rows of :func:`dataset` in a fixed order; each data-parallel rank gets its share.
+
+    Rows go to the ranks in turn, so that the mean over the ranks is that of one process.
+    """
+
+    def __init__(self, factors: list[float]) -> None:
+        super().__init__()
+        self.rows = dataset(80, scales=factors)
+
+    def train_dataloader(self) -> DataLoader:
+        ranks = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"num_replicas": 1, "rank": 0})
+        sampler = DistributedSampler(self.rows, shuffle=False, **ranks)
+        return DataLoader(self.rows, 8 // ranks["num_replicas"], sampler=sampler)
 
 
 def trainer(*callbacks: Any, **kwargs: Any) -> Trainer:

@@ -16,7 +16,15 @@ from helpers import Net, loader, trainer, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import nn
 
@@ -259,28 +267,32 @@ def test_an_optimizer_that_calls_its_closure_again_is_refused():
     refused("`Twice` computes its gradients several times per step", AutoClip(), model=model)
 
 
-@pytest.mark.parametrize("base", [FSDPStrategy, DeepSpeedStrategy, DDPStrategy, SingleDeviceStrategy], ids=str)
-def test_a_subclass_counts_as_the_strategy_that_it_extends(base):
+def subclass_of(base: type) -> Any:
+    """A third party's strategy."""
+
     class Custom(base):
         def __init__(self) -> None:
-            pass
+            """Starts nothing."""
 
-    class Fitting:
-        strategy = Custom()
-
-    if base in (DDPStrategy, SingleDeviceStrategy):
-        check_strategy(Fitting())
-    else:
-        with pytest.raises(MisconfigurationException, match=r"does not support the strategy `Custom` yet.*\"ddp\""):
-            check_strategy(Fitting())
+    return Custom()
 
 
-def test_an_unknown_strategy_is_refused():
-    class Fitting:
-        strategy = object()
+@pytest.mark.parametrize("base", [SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy])
+def test_a_subclass_counts_as_the_strategy_that_it_extends(base):
+    for algorithm in ("norm", "value"):
+        check_strategy(subclass_of(base), algorithm)
 
-    with pytest.raises(MisconfigurationException, match="does not support the strategy `object`"):
-        check_strategy(Fitting())
+
+def test_deepspeed_clips_by_norm_only():
+    check_strategy(subclass_of(DeepSpeedStrategy), "norm")
+    with pytest.raises(MisconfigurationException, match=r"Under `Custom` the engine .* clips them by norm only"):
+        check_strategy(subclass_of(DeepSpeedStrategy), "value")
+
+
+@pytest.mark.parametrize("base", [object, XLAStrategy, SingleDeviceXLAStrategy])
+def test_an_unknown_strategy_is_refused(base):
+    with pytest.raises(MisconfigurationException, match=r"does not support the strategy `Custom`.*\"ddp\""):
+        check_strategy(subclass_of(base), "norm")
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,13 @@
 import math
 import os
 import signal
-import time
 
 import pytest
 import torch
-from helpers import Net, SpawnedDDP, dataset, trainer, weights
-from lightning.pytorch import Callback, LightningDataModule
+from helpers import Batches, Net, SpawnedDDP, run_on_two_ranks, trainer, weights
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed, multiprocessing, nn
-from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_autoclip import AutoClip, NonFiniteGradientError
 
@@ -38,19 +36,6 @@ class Unused(Net):
         if odd.any():
             prediction = prediction + self.odd(x) * odd[:, None]
         return ((prediction - y).square().squeeze(1) * scale).mean()
-
-
-class Batches(LightningDataModule):
-    """Global batches of eight rows in a fixed order, of which each rank gets its share."""
-
-    def __init__(self, factors):
-        super().__init__()
-        self.rows = dataset(80, scales=factors)
-
-    def train_dataloader(self):
-        ranks = self.trainer.world_size
-        sampler = DistributedSampler(self.rows, ranks, self.trainer.global_rank, shuffle=False)
-        return DataLoader(self.rows, 8 // ranks, sampler=sampler)
 
 
 class Watch(Callback):
@@ -132,14 +117,7 @@ def work(rank, folder):
 def folder(tmp_path_factory):
     """Where the two ranks have left what they saw."""
     folder = tmp_path_factory.mktemp("ddp")
-    started = multiprocessing.start_processes(work, args=(str(folder),), nprocs=2, join=False)
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while not started.join(timeout=1):
-            assert time.monotonic() < deadline, f"The ranks are not through after {TIMEOUT} s: a deadlock?"
-    finally:
-        for process in started.processes:
-            process.kill()
+    run_on_two_ranks(work, str(folder), timeout=TIMEOUT)
     return folder
 
 

@@ -1,0 +1,160 @@
+"""DeepSpeed's ZeRO on two CPU processes clips as one process would on the same batches: `make test-deepspeed`."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Batches, Net, run_on_two_ranks, trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch.optim import SGD
+
+from lightning_autoclip import AutoClip, NonFiniteGradientError
+
+pytestmark = pytest.mark.distributed
+FACTORS = [20.0 if 48 <= row < 56 else 1.0 + row // 16 for row in range(80)]  # ten global batches of eight rows
+STAGES = (1, 2, 3)
+
+
+class CPUDeepSpeed(DeepSpeedStrategy):
+    """Lightning refuses DeepSpeed on the CPU, where it runs with gloo."""
+
+    def __init__(self, stage: int) -> None:
+        config = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+        super().__init__(config=config, process_group_backend="gloo", cluster_environment=LightningEnvironment())
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)  # DeepSpeed wants an index
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+
+class Watch(Callback):
+    """Holds the norm and the threshold of every step."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def on_train_batch_end(self, trainer, *args):
+        metrics = trainer.callback_metrics
+        if trainer.global_step:
+            keys = ("grad_norm", "threshold", "clip_coef_mean")
+            self.steps[trainer.global_step] = [float(metrics[f"autoclip/{key}"]) for key in keys]
+
+
+def sgd(parameters):
+    return SGD(parameters, lr=0.02, momentum=0.9)
+
+
+def train(strategy="auto", epochs=2, ckpt=None, save=None, factors=FACTORS, **kwargs):
+    torch.manual_seed(0)
+    autoclip, watch = AutoClip(40, window=7, nonfinite=kwargs.pop("nonfinite", "skip")), Watch()
+    callbacks, options = [autoclip, watch], {"max_epochs": epochs, "log_every_n_steps": 1, **kwargs}
+    if save:
+        callbacks.append(ModelCheckpoint(save.parent, save.stem, enable_version_counter=False))
+        options["enable_checkpointing"] = True
+    devices = 1 if strategy == "auto" else 2
+    run = trainer(*callbacks, strategy=strategy, devices=devices, use_distributed_sampler=False, **options)
+    run.fit(Net(sgd), datamodule=Batches(factors), ckpt_path=ckpt)
+    clipper = autoclip.clippers[0]
+    record = clipper.history.recorded.tolist(), clipper.steps, clipper.nonfinite_total
+    return {"steps": torch.tensor(list(watch.steps.values())), "record": record}
+
+
+ONE_NAN = [math.nan if row == 25 else factor for row, factor in enumerate(FACTORS)]
+
+
+def work(rank, folder, port):
+    """Every run of one rank; the other rank does the same."""
+    torch.set_num_threads(1)
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "WORLD_SIZE": "2"}
+
+    def keep(name, result):
+        torch.save(result, f"{folder}/{name}-{rank}.pt")
+
+    for stage in STAGES:
+        path = Path(folder, f"{stage}.ckpt")
+        keep(f"{stage}", train(CPUDeepSpeed(stage)))
+        keep(f"{stage} accumulated", train(CPUDeepSpeed(stage), accumulate_grad_batches=2))
+        keep(f"{stage} interrupted", train(CPUDeepSpeed(stage), epochs=1, save=path))
+        keep(f"{stage} resumed", train(CPUDeepSpeed(stage), ckpt=path))
+        keep(f"{stage} spoiled", train(CPUDeepSpeed(stage), factors=ONE_NAN))
+        try:
+            train(CPUDeepSpeed(stage), factors=ONE_NAN, nonfinite="raise")
+        except NonFiniteGradientError as error:
+            keep(f"{stage} raised", str(error))
+    try:
+        train(CPUDeepSpeed(0))
+    except MisconfigurationException as error:
+        keep("without ZeRO", str(error))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What the two ranks saw in a run."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run_on_two_ranks(work, str(folder), port, timeout=400)
+    return lambda name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
+
+
+def assert_bit_equal(first, second):
+    assert torch.equal(first["steps"].nan_to_num(-1), second["steps"].nan_to_num(-1))
+    assert first["record"] == second["record"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_engine_takes_the_steps_of_one_process(stage, accumulate, ranks):
+    first, second = ranks(f"{stage} accumulated" if accumulate == 2 else f"{stage}")
+    assert_bit_equal(first, second)
+    # Lightning and DeepSpeed both divide the loss by the number of batches that are accumulated.
+    one = train(accumulate_grad_batches=accumulate, factors=[factor / accumulate for factor in FACTORS])
+    assert first["record"][1] == (20 if accumulate == 1 else 10)
+    # Every norm depends on the weights that the steps before have left, so this compares those too.
+    torch.testing.assert_close(first["steps"], one["steps"], rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_takes_the_same_steps_as_an_uninterrupted_one(stage, ranks):
+    runs = zip(ranks(f"{stage}"), ranks(f"{stage} interrupted"), ranks(f"{stage} resumed"), strict=True)
+    for whole, first, second in runs:
+        second["steps"] = torch.cat((first["steps"], second["steps"]))
+        assert_bit_equal(whole, second)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_nan_on_one_rank_is_skipped_by_both_and_counted_once(stage, ranks):
+    first, second = ranks(f"{stage} spoiled")
+    assert_bit_equal(first, second)
+    assert first["record"][1:] == (20, 2)
+    assert all(math.isfinite(norm) for norm in first["record"][0])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_raise_stops_both_ranks(stage, ranks):
+    first, second = ranks(f"{stage} raised")
+    assert first == second
+    assert first.startswith("At optimizer step 3 (epoch 0, batch 3): The norm of the gradient is ")
+
+
+def test_an_engine_without_zero_is_refused(ranks):
+    assert all("needs ZeRO" in message for message in ranks("without ZeRO"))

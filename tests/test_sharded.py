@@ -1,0 +1,256 @@
+"""Strategies under which each rank holds a part of the gradient clip as one process would on the same batches."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Batches, Net, run_on_two_ranks, trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.optim import SGD
+
+from lightning_autoclip import AutoClip, Constant, GradientClipper
+
+pytestmark = pytest.mark.distributed
+FACTORS = [20.0 if 48 <= row < 56 else 1.0 + row // 16 for row in range(80)]  # ten global batches of eight rows
+
+
+class FSDP2(Net):
+    """Each layer and the rest sharded over all ranks. The last layer has one row: its shard on rank 1 is empty."""
+
+    def configure_model(self):
+        if not isinstance(self.net[0].weight, DTensor):
+            for part in (self.net[0], self.net[2], self.net):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+class TensorParallel(Net):
+    """Columns of the first layer and rows of the second; the last bias is replicated."""
+
+    def configure_model(self):
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+
+
+class TwoMeshes(Net):
+    """The first layer on both meshes, the second on one of them."""
+
+    def configure_model(self):
+        parallelize_module(self.net[0], self.device_mesh["tensor_parallel"], ColwiseParallel())
+        for part in (self.net[0], self.net[2]):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+class Mixed(Net):
+    """The first layer sharded; nothing reduces the gradients of the second."""
+
+    def configure_model(self):
+        fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+
+
+class CPUFSDP(FSDPStrategy):
+    """Lightning refuses its FSDP on the CPU, where torch's runs with gloo."""
+
+    def __init__(self, sharding, use_orig_params):
+        super().__init__(
+            sharding_strategy=sharding,
+            use_orig_params=use_orig_params,
+            auto_wrap_policy={nn.Linear},
+            state_dict_type="sharded",
+        )
+
+    @property
+    def root_device(self):
+        return torch.device("cpu")
+
+    def _setup_model(self, model):
+        hybrid = {"device_mesh": init_device_mesh("cpu", (1, 2))} if "HYBRID" in str(self.sharding_strategy) else {}
+        return FullyShardedDataParallel(
+            model,
+            device_id=torch.device("cpu"),
+            sharding_strategy=self.sharding_strategy,
+            **self.kwargs,
+            **hybrid,
+        )
+
+
+def model_parallel(data, tensor):
+    return lambda: ModelParallelStrategy(data, tensor, save_distributed_checkpoint=False)
+
+
+STRATEGIES = {
+    "FSDP2": (FSDP2, model_parallel(2, 1)),
+    "tensor parallel": (TensorParallel, model_parallel(1, 2)),
+    "two meshes": (TwoMeshes, model_parallel(2, 1)),
+} | {
+    f"FSDP1 {sharding} {params}": (Net, lambda s=sharding, p=params: CPUFSDP(ShardingStrategy[s], p == "original"))
+    for sharding in ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD")
+    for params in ("original", "flat")
+}
+ALGORITHMS = ("norm", "value")
+CASES = [(name, algorithm) for name in STRATEGIES for algorithm in ALGORITHMS]
+RESUMED = ["FSDP2", "FSDP1 FULL_SHARD original", "FSDP1 FULL_SHARD flat"]
+SPOILED = ["FSDP2", "FSDP1 FULL_SHARD original"]
+
+
+class Spoil(Callback):
+    """Spoils the gradient that one rank holds at one step."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 4 and trainer.global_rank == 0:
+            gradients = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+            for gradient in gradients:
+                (gradient.to_local() if isinstance(gradient, DTensor) else gradient).fill_(math.nan)
+
+
+class Watch(Callback):
+    """Holds the norm, the threshold and the factor of every step."""
+
+    def __init__(self):
+        self.steps, self.weights = [], {}
+
+    def on_train_batch_end(self, trainer, *args):
+        metrics = trainer.callback_metrics
+        self.steps.append([float(metrics[f"autoclip/{key}"]) for key in ("grad_norm", "threshold", "clip_coef_mean")])
+
+    def on_train_end(self, trainer, pl_module):  # at the teardown FSDP1 frees the weights
+        self.weights = whole_weights(trainer.strategy.model)
+
+
+def whole_weights(root):
+    flat = isinstance(root, FullyShardedDataParallel)
+    with FullyShardedDataParallel.summon_full_params(root, writeback=False) if flat else nullcontext():
+        return {
+            name.replace("_fsdp_wrapped_module.", ""): (p.full_tensor() if isinstance(p, DTensor) else p)
+            .detach()
+            .clone()
+            for name, p in root.named_parameters()
+        }
+
+
+def sgd(parameters):
+    return SGD(parameters, lr=0.02, momentum=0.9)
+
+
+def train(net=Net, algorithm="norm", strategy="auto", epochs=2, ckpt=None, save=None, spoils=False):
+    torch.manual_seed(0)
+    model, autoclip, watch = net(sgd), AutoClip(40, window=7, gradient_clip_algorithm=algorithm), Watch()
+    devices = 1 if strategy == "auto" else 2
+    options = {"max_epochs": epochs, "log_every_n_steps": 1, "use_distributed_sampler": False}
+    callbacks = [*([Spoil()] if spoils else []), autoclip, watch]
+    if save:
+        callbacks.append(ModelCheckpoint(save.parent, save.stem, enable_version_counter=False))
+        options["enable_checkpointing"] = True
+    run = trainer(*callbacks, strategy=strategy, devices=devices, **options)
+    run.fit(model, datamodule=Batches(FACTORS), ckpt_path=ckpt)
+    clipper = autoclip.clippers[0]
+    record = clipper.history.recorded.tolist(), clipper.steps, clipper.nonfinite_total
+    return {"steps": torch.tensor(watch.steps), "weights": watch.weights, "record": record}
+
+
+def one_shard_only():
+    """A model of one entry: rank 1 holds nothing of it. Returns norm and clipped gradient of the whole."""
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    seen = []
+    for algorithm in ("norm", "value"):
+        layer.zero_grad()
+        layer(torch.tensor([[3.0]])).sum().backward()
+        record = GradientClipper(Constant(1.5), gradient_clip_algorithm=algorithm).clip_(layer.parameters())
+        seen.append([record.norm.item(), layer.weight.grad.full_tensor().item()])
+    return seen
+
+
+def work(rank, folder, flat):
+    """Every run of one rank, of FSDP1 or of the DTensor strategies; the other rank does the same."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # tells Lightning that the processes have been started
+    store = f"file://{folder}/store-{flat}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+
+    def keep(name, result):
+        torch.save(result, f"{folder}/{name}-{rank}.pt")
+
+    def mine(names):
+        return [(name, *STRATEGIES[name]) for name in names if name.startswith("FSDP1") == flat]
+
+    for name, net, strategy in mine(STRATEGIES):
+        for algorithm in ALGORITHMS:
+            keep(f"{name} {algorithm}", train(net, algorithm, strategy()))
+    for name, net, strategy in mine(RESUMED):
+        path = Path(folder, f"{name}.ckpt")
+        keep(f"{name} interrupted", train(net, strategy=strategy(), epochs=1, save=path))
+        keep(f"{name} resumed", train(net, strategy=strategy(), ckpt=path))
+    for name, net, strategy in mine(SPOILED):
+        keep(f"{name} spoiled", train(net, strategy=strategy(), spoils=True))
+    if not flat:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            keep("mixed", train(Mixed, strategy=model_parallel(2, 1)()))
+        keep("mixed warnings", [str(warning.message) for warning in caught])
+        keep("one shard only", one_shard_only())
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What the two ranks saw in a run."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for flat in (True, False):
+        run_on_two_ranks(work, str(folder), flat)
+    return lambda name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
+
+
+def assert_bit_equal(first, second):
+    assert torch.equal(first["steps"].nan_to_num(-1), second["steps"].nan_to_num(-1))
+    assert first["record"] == second["record"]
+
+
+@pytest.mark.parametrize(("name", "algorithm"), CASES)
+def test_sharded_training_takes_the_steps_of_one_process(name, algorithm, ranks):
+    first, second = ranks(f"{name} {algorithm}")
+    assert_bit_equal(first, second)
+    one = train(algorithm=algorithm)
+    torch.testing.assert_close(first["steps"], one["steps"], rtol=1e-5, atol=1e-6)
+    assert (one["steps"][:, 2] < 0.9).sum() > 5
+    torch.testing.assert_close(first["weights"], one["weights"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_takes_the_same_steps_as_an_uninterrupted_one(name, ranks):
+    runs = zip(ranks(f"{name} norm"), ranks(f"{name} interrupted"), ranks(f"{name} resumed"), strict=True)
+    for whole, first, second in runs:
+        second["steps"] = torch.cat((first["steps"], second["steps"]))
+        assert_bit_equal(whole, second)
+        for key, value in whole["weights"].items():
+            assert torch.equal(value, second["weights"][key])
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_nan_that_one_rank_holds_is_skipped_by_all(name, ranks):
+    first, second = ranks(f"{name} spoiled")
+    assert_bit_equal(first, second)
+    assert first["record"][1:] == (20, 1)
+    assert all(value.isfinite().all() for value in first["weights"].values())
+
+
+def test_parameters_that_nothing_reduces_are_warned_of_and_clipped_alike(ranks):
+    assert_bit_equal(*ranks("mixed"))
+    assert any("Some parameters are no DTensors" in message for message in ranks("mixed warnings")[0])
+
+
+def test_a_rank_that_holds_nothing_joins_in(ranks):
+    assert ranks("one shard only") == [[[3.0, 1.5], [3.0, 1.5]]] * 2
