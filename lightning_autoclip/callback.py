@@ -62,18 +62,14 @@ class GradientClipping(Callback):
             raise TypeError(f"Expected `log_every_step` to be a bool, but got {log_every_step!r}.")
         self.policy = policy
         self.log_every_step = log_every_step
-        self._arguments: dict[str, Any] = {
-            "gradient_clip_algorithm": gradient_clip_algorithm,
-            "window": window,
-            "warmup_steps": warmup_steps,
-            "max_threshold": max_threshold,
-            "nonfinite": nonfinite,
-        }
-        clipper = self._new_clipper()  # refuses bad arguments now rather than at the start of fit
-        for name in ("gradient_clip_algorithm", "warmup_steps", "nonfinite"):
-            self._arguments[name] = getattr(clipper, name)  # as plain values, which a checkpoint can hold
-        self._arguments["window"] = clipper.history.window
-        self._arguments["max_threshold"] = None if max_threshold is None else clipper.max_threshold
+        self._arguments = GradientClipper(  # refuses bad arguments now rather than at the start of fit
+            policy,
+            gradient_clip_algorithm=gradient_clip_algorithm,
+            window=window,
+            warmup_steps=warmup_steps,
+            max_threshold=max_threshold,
+            nonfinite=nonfinite,
+        ).arguments
         self.clippers: list[GradientClipper] = []  # one per optimizer
         self._recorders: list[Recorder] = []
         self._steps_seen: list[int | None] = []  # per optimizer: `global_step` when the hook ran last

@@ -113,6 +113,17 @@ class GradientClipper:
         self._nonfinite = torch.zeros((), dtype=torch.float32)
         self._optimizer: weakref.ref[Any] | None = None
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments other than the policy, as plain values that a checkpoint can hold."""
+        return {
+            "gradient_clip_algorithm": self.gradient_clip_algorithm,
+            "window": self.history.window,
+            "warmup_steps": self.warmup_steps,
+            "max_threshold": self.max_threshold if self.max_threshold < math.inf else None,
+            "nonfinite": self.nonfinite,
+        }
+
     @torch.no_grad()
     def clip_(
         self,

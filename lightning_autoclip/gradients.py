@@ -73,7 +73,9 @@ class Gradients:
             gradient = parameter.grad
             if gradient is None:
                 continue
-            share, numel = (shards or {}).get(parameter, Shard(1 / world))
+            share, numel = 1 / world, None
+            if shards is not None:
+                share, numel = shards.get(parameter, (share, numel))
             if isinstance(gradient, dtensor):
                 share, gradient = _shards(gradient) / world, gradient.to_local()  # type: ignore[attr-defined]
             numels.append(gradient.numel() if numel is None else numel)
@@ -117,12 +119,12 @@ class Gradients:
             return torch.linalg.vector_norm(norms).to(torch.float32), sum(self.numels)
         shares = _on_device(tuple(self.shares), norms.dtype, norms.device)
         numel = sum(share * numel for share, numel in zip(self.shares, self.numels, strict=True))
-        sums = torch.stack(((norms.square() * shares).sum(), norms.new_full((), numel)))
+        sums = torch.stack(((norms.square() * shares).sum(), norms.new_full((), numel))).to(torch.float32)
         if dist.get_backend() == "nccl":  # CPU offload: NCCL sums on GPUs only
             sums = sums.cuda()
         dist.all_reduce(sums)
         square, numel_of_all = sums.to(self.device).unbind()
-        return square.sqrt().to(torch.float32), numel_of_all
+        return square.sqrt(), numel_of_all
 
     def clip_norm_(self, norm: Tensor, threshold: Tensor) -> None:
         """Multiply every gradient by ``threshold / norm`` in place if the norm is finite and above the threshold.
