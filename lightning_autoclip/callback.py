@@ -217,6 +217,8 @@ class GradientClipping(Callback):
         """Log what is left; warn of optimizers that stepped past the callback."""
         self._flush(trainer)
         self._tell_of_nonfinite(trainer)
+        if self._engine is not None:
+            self._engine.release()
         for optimizer, seen in zip(trainer.optimizers, self._steps_seen, strict=True):
             if seen is None and self._batch_idx is not None:
                 rank_zero_warn(
@@ -235,6 +237,8 @@ class GradientClipping(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Log what the checkpoint counts as done: a resumed run neither repeats nor misses a row."""
         self._flush(trainer)
+        if self._engine is not None:
+            self._engine.release()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Warn of a checkpoint that was written without this callback."""
@@ -327,10 +331,11 @@ class GradientClipping(Callback):
     def _tell_of_nonfinite(self, trainer: Trainer) -> None:
         """Warn of non-finite gradients: when the first one is logged, and of further ones at the end of fit."""
         total = sum(clipper.nonfinite_total for clipper in self.clippers)
-        if total <= self._told or grad_scaler(trainer) is not None:
+        reaction = self._arguments["nonfinite"]
+        if total <= self._told or reaction == "raise" or grad_scaler(trainer) is not None:
             return  # with a `GradScaler` overflows are the way in which it finds its scale
         self._told, self._has_told = total, True
-        done = "left out" if self._arguments["nonfinite"] == "skip" else "applied as they were"
+        done = "applied as they were" if reaction == "ignore" and self._engine is None else "left out"
         rank_zero_warn(
             f"{total} of {sum(clipper.steps for clipper in self.clippers)} optimizer steps so far had a NaN or an"
             f' infinity in their gradient and were {done}. `{type(self).__name__}(nonfinite="raise")` stops at such a'

@@ -142,7 +142,8 @@ class GradientClipper:
                 each. All processes must then call this alike.
 
         Returns:
-            The record of the step, or ``None`` where no parameter has a gradient.
+            The record of the step, or ``None`` where no parameter has a gradient (where processes share gradients, a
+            record of norm 0: only a read of the host would tell).
 
         Raises:
             NonFiniteGradientError: With ``nonfinite="raise"``, at a NaN or an infinity.
@@ -157,7 +158,7 @@ class GradientClipper:
         if not gradients.tensors and gradients.shares is None:
             return None
         scale = _pending_scale(grad_scaler, optimizer)
-        if scale is not None and self.nonfinite == "skip" and _must_not_skip_itself(optimizer):
+        if scale is not None and self.nonfinite != "ignore" and _must_not_skip_itself(optimizer):
             grad_scaler.unscale_(optimizer)  # type: ignore[union-attr, arg-type]
             scale = None
         norms = gradients.norms()
@@ -176,7 +177,7 @@ class GradientClipper:
         record = StepRecord(norm, clipped_norm, statistic, threshold, self._nonfinite)
         if self.nonfinite == "raise":
             _raise_if_nonfinite(record.norm, norms, gradients, grad_scaler)
-        elif self.nonfinite == "skip":
+        if self.nonfinite != "ignore":
             _skip_if_nonfinite(record.norm, gradients, optimizer, grad_scaler, pending=scale is not None)
         return record
 
@@ -317,9 +318,9 @@ def _raise_if_nonfinite(norm: Tensor, norms: Tensor, gradients: Gradients, grad_
         return
     finite = norms.isfinite().tolist()
     bad = [parameter for parameter, is_finite in zip(gradients.parameters, finite, strict=True) if not is_finite]
+    where = f"in the gradient of {len(bad)} of {len(finite)} parameters" if bad else "in what another process holds"
     raise NonFiniteGradientError(
-        f"The norm of the gradient is {norm.item()}: there is a NaN or an infinity (or a norm beyond float32) in the"
-        f" gradient of {len(bad)} of {len(finite)} parameters.",
+        f"The norm of the gradient is {norm.item()}: there is a NaN or an infinity (or a norm beyond float32) {where}.",
         bad,
     )
 

@@ -77,7 +77,8 @@ class Gradients:
             if shards is not None:
                 share, numel = shards.get(parameter, (share, numel))
             if isinstance(gradient, dtensor):
-                share, gradient = _shards(gradient) / world, gradient.to_local()  # type: ignore[attr-defined]
+                gradient, shards_of_it = _local(parameter)
+                share = shards_of_it / world
             numels.append(gradient.numel() if numel is None else numel)
             if gradient.layout is not torch.strided:
                 gradient = parameter.grad = _coalesced(gradient)
@@ -184,14 +185,19 @@ def _dtensor() -> type | tuple[()]:
     return module.DTensor if module is not None else ()
 
 
-def _shards(gradient: Any) -> int:
-    """In how many distinct shards a DTensor lies on the processes of its mesh."""
+def _local(parameter: Any) -> tuple[Tensor, int]:
+    """What this process holds of a DTensor's gradient, and in how many distinct shards it lies on its mesh.
+
+    Gradients that are still to be summed (sequence parallelism leaves such for replicated parameters) are summed here.
+    """
+    gradient = parameter.grad
     if any(placement.is_partial() for placement in gradient.placements):
-        raise TypeError(
-            f"Expected gradients that are reduced, but got a DTensor with placements {gradient.placements}."
-        )
+        gradient = parameter.grad = gradient.redistribute(placements=parameter.placements)
+    local: Tensor = gradient.to_local()
+    if local.is_conj() or local.is_neg() or local.layout is not torch.strided:
+        raise TypeError("Expected gradients of DTensors to be dense and not lazily conjugated or negated.")
     sizes = (gradient.device_mesh.size(i) for i, placement in enumerate(gradient.placements) if placement.is_shard())
-    return math.prod(sizes)
+    return local, math.prod(sizes)
 
 
 def _coalesced(gradient: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -66,15 +66,22 @@ class ZeroEngine:
             it otherwise; else it is what they do.)
 
     Raises:
-        MisconfigurationException: The engine runs without ZeRO.
+        MisconfigurationException: The engine runs without ZeRO, measures no norm, or clips by its own config.
     """
 
     def __init__(self, trainer: Trainer, skips: bool) -> None:
-        self.engine: Any = trainer.strategy.model
+        self.engine = engine = cast(Any, trainer.strategy.model)
         self.optimizer: Any = trainer.optimizers[0]
         if not hasattr(self.optimizer, "_get_norm_groups") and not hasattr(self.optimizer, "scaled_global_norm"):
             raise MisconfigurationException(
-                "Under DeepSpeed, gradient clipping by percentile needs ZeRO. Use `DeepSpeedStrategy(stage=1)`, 2 or 3."
+                "Under DeepSpeed, gradient clipping by percentile needs a ZeRO optimizer, but got"
+                f" `{type(self.optimizer).__name__}`. Use `DeepSpeedStrategy(stage=2)` or 3, or stage 1 without"
+                " `grad_accum_dtype`."
+            )
+        if engine.gradient_clipping() > 0 or not getattr(self.optimizer, "compute_grad_norm", True):
+            raise MisconfigurationException(
+                "DeepSpeed's config sets `gradient_clipping`, which would be overridden, or switches off"
+                " `compute_grad_norm`, which clipping needs. Remove both from the config."
             )
         if skips and hasattr(self.optimizer, "check_grad_overflow"):
             self.optimizer.check_grad_overflow = True
@@ -99,6 +106,10 @@ class ZeroEngine:
         value = float(threshold)
         self.optimizer.clip_grad = value if value < math.inf else 0.0
 
+    def release(self) -> None:
+        """Forget the last threshold, which the engine would save and a run without the callback would be clipped at."""
+        self.optimizer.clip_grad = 0.0
+
 
 def zero_engine(trainer: Trainer, skips: bool) -> ZeroEngine | None:
     """The engine that steps in the optimizer's place, if the strategy has one."""
@@ -108,17 +119,23 @@ def zero_engine(trainer: Trainer, skips: bool) -> ZeroEngine | None:
 def gradient_shards(trainer: Trainer) -> dict[Tensor, Shard] | None:
     """What this rank holds of each parameter's gradient, where nothing on the gradient tells it.
 
-    ``None`` where every rank holds whole gradients, or DTensors, which tell their shards themselves.
+    ``None`` where every rank holds whole gradients; empty where DTensors tell their shards themselves, and every rank
+    must take part in the sum, also for an optimizer that holds none of them.
     """
-    kind, module = _kind(trainer.strategy), trainer.strategy.model
-    assert module is not None
-    if kind == "dtensors" and any(not hasattr(parameter, "placements") for parameter in module.parameters()):
+    kind, strategy = _kind(trainer.strategy), trainer.strategy
+    if kind == "flat shards":
+        assert strategy.model is not None
+        return _fsdp_shards(strategy.model)
+    if kind != "dtensors":
+        return None
+    plain = any(not hasattr(parameter, "placements") for parameter in trainer.lightning_module.parameters())
+    if plain and strategy.device_mesh["data_parallel"].size() > 1:  # type: ignore[attr-defined]
         rank_zero_warn(
-            "Some parameters are no DTensors beside others that are. Nothing averages their gradients over the ranks,"
-            " so the ranks drift apart; their mean square counts towards the norm. Shard or replicate them in"
-            " `configure_model`."
+            "Some parameters are no DTensors beside others that are. Nothing averages their gradients over the"
+            " data-parallel ranks, so the ranks drift apart; their mean square counts towards the norm. Shard or"
+            " replicate them in `configure_model`."
         )
-    return _fsdp_shards(module) if kind == "flat shards" else None
+    return {}
 
 
 def _fsdp_shards(root: nn.Module) -> dict[Tensor, Shard]:

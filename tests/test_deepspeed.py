@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +29,8 @@ STAGES = (1, 2, 3)
 class CPUDeepSpeed(DeepSpeedStrategy):
     """Lightning refuses DeepSpeed on the CPU, where it runs with gloo."""
 
-    def __init__(self, stage: int) -> None:
-        config = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    def __init__(self, stage: int, zero: dict[str, Any] | None = None, **config: Any) -> None:
+        config |= {"zero_optimization": {"stage": stage, **(zero or {})}, "zero_allow_untested_optimizer": True}
         super().__init__(config=config, process_group_backend="gloo", cluster_environment=LightningEnvironment())
 
     @property
@@ -41,6 +43,13 @@ class CPUDeepSpeed(DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+
+
+REFUSED = {
+    "without ZeRO": lambda: CPUDeepSpeed(0),
+    "clipping by config": lambda: CPUDeepSpeed(1, gradient_clipping=0.01),
+    "without a norm": lambda: CPUDeepSpeed(1, {"compute_grad_norm": False}),
+}
 
 
 class Watch(Callback):
@@ -98,10 +107,14 @@ def work(rank, folder, port):
             train(CPUDeepSpeed(stage), factors=ONE_NAN, nonfinite="raise")
         except NonFiniteGradientError as error:
             keep(f"{stage} raised", str(error))
-    try:
-        train(CPUDeepSpeed(0))
-    except MisconfigurationException as error:
-        keep("without ZeRO", str(error))
+        run = trainer(strategy=CPUDeepSpeed(stage), devices=2, max_epochs=2)
+        run.fit(Net(sgd), datamodule=Batches(FACTORS), ckpt_path=path)
+        keep(f"{stage} without us", run.optimizers[0].clip_grad)
+    for name, make in REFUSED.items():
+        try:
+            train(make())
+        except MisconfigurationException as error:
+            keep(name, str(error))
     torch.distributed.destroy_process_group()
 
 
@@ -156,5 +169,11 @@ def test_raise_stops_both_ranks(stage, ranks):
     assert first.startswith("At optimizer step 3 (epoch 0, batch 3): The norm of the gradient is ")
 
 
-def test_an_engine_without_zero_is_refused(ranks):
-    assert all("needs ZeRO" in message for message in ranks("without ZeRO"))
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_engine_that_cannot_clip_at_our_threshold_is_refused(name, ranks):
+    assert all(re.search(r"needs a ZeRO optimizer, but got|Remove both from the config", text) for text in ranks(name))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_is_resumed_without_the_callback_is_not_clipped(stage, ranks):
+    assert ranks(f"{stage} without us") == [0.0, 0.0]

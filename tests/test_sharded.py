@@ -20,8 +20,14 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.optim import SGD
 
 from lightning_autoclip import AutoClip, Constant, GradientClipper
@@ -56,11 +62,54 @@ class TwoMeshes(Net):
             fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 
+class Normed(Net):
+    """Begins with a layer norm."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.net.insert(0, nn.LayerNorm(4))
+
+
+class SequenceParallelNet(Normed):
+    """The layer norm works on shards of the rows: the gradients of its replicated parameters are still to be summed."""
+
+    reference = Normed
+
+    def configure_model(self):
+        mesh, rows = self.device_mesh["tensor_parallel"], (Shard(0),)
+        parallelize_module(
+            self.net,
+            mesh,
+            PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=rows, use_local_output=True),
+        )
+        plan = {"0": SequenceParallel(sequence_dim=0), "1": ColwiseParallel(input_layouts=Shard(0))}
+        parallelize_module(self.net, mesh, plan | {"3": RowwiseParallel()})
+
+
 class Mixed(Net):
     """The first layer sharded; nothing reduces the gradients of the second."""
 
     def configure_model(self):
         fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+
+
+class MixedOptimizers(Mixed):
+    """An optimizer for each layer; one rank's loss is NaN once, which no sharding spreads to the plain layer."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        self.zero_grad()
+        spoiled = batch_idx == 3 and self.global_rank == 1
+        self.manual_backward(self.loss(batch) * (math.nan if spoiled else 1.0))
+        first.step()
+        second.step()
+
+    def configure_optimizers(self):
+        return [sgd(self.net[i].parameters()) for i in (0, 2)]
 
 
 class CPUFSDP(FSDPStrategy):
@@ -96,6 +145,7 @@ def model_parallel(data, tensor):
 STRATEGIES = {
     "FSDP2": (FSDP2, model_parallel(2, 1)),
     "tensor parallel": (TensorParallel, model_parallel(1, 2)),
+    "sequence parallel": (SequenceParallelNet, model_parallel(1, 2)),
     "two meshes": (TwoMeshes, model_parallel(2, 1)),
 } | {
     f"FSDP1 {sharding} {params}": (Net, lambda s=sharding, p=params: CPUFSDP(ShardingStrategy[s], p == "original"))
@@ -125,8 +175,9 @@ class Watch(Callback):
         self.steps, self.weights = [], {}
 
     def on_train_batch_end(self, trainer, *args):
-        metrics = trainer.callback_metrics
-        self.steps.append([float(metrics[f"autoclip/{key}"]) for key in ("grad_norm", "threshold", "clip_coef_mean")])
+        prefix = "autoclip/" if len(trainer.optimizers) == 1 else "autoclip/SGD/"
+        keys = ("grad_norm", "threshold", "clip_coef_mean")
+        self.steps.append([float(trainer.callback_metrics[prefix + key]) for key in keys])
 
     def on_train_end(self, trainer, pl_module):  # at the teardown FSDP1 frees the weights
         self.weights = whole_weights(trainer.strategy.model)
@@ -160,7 +211,7 @@ def train(net=Net, algorithm="norm", strategy="auto", epochs=2, ckpt=None, save=
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         run.fit(model, datamodule=Batches(FACTORS), ckpt_path=ckpt)
-    clipper = autoclip.clippers[0]
+    clipper = autoclip.clippers[-1]  # the only one, or that of the plain layer
     record = clipper.history.recorded.tolist(), clipper.steps, clipper.nonfinite_total
     drifting = [str(warning.message) for warning in caught if "the ranks drift apart" in str(warning.message)]
     return {"steps": torch.tensor(watch.steps), "weights": watch.weights, "record": record, "warnings": drifting}
@@ -204,6 +255,7 @@ def work(rank, folder, flat):
         keep(f"{name} spoiled", train(net, strategy=strategy(), spoils=True))
     if not flat:
         keep("mixed", train(Mixed, strategy=model_parallel(2, 1)()))
+        keep("mixed optimizers", train(MixedOptimizers, strategy=model_parallel(2, 1)()))
         keep("one shard only", one_shard_only())
     distributed.destroy_process_group()
 
@@ -227,7 +279,7 @@ def test_sharded_training_takes_the_steps_of_one_process(name, algorithm, ranks)
     first, second = ranks(f"{name} {algorithm}")
     assert_bit_equal(first, second)
     assert not first["warnings"]
-    one = train(algorithm=algorithm)
+    one = train(getattr(STRATEGIES[name][0], "reference", Net), algorithm)
     torch.testing.assert_close(first["steps"], one["steps"], rtol=1e-5, atol=1e-6)
     assert (one["steps"][:, 2] < 0.9).sum() > 5
     torch.testing.assert_close(first["weights"], one["weights"], rtol=0, atol=1e-6)
@@ -254,6 +306,12 @@ def test_a_nan_that_one_rank_holds_is_skipped_by_all(name, ranks):
 def test_parameters_that_nothing_reduces_are_warned_of_and_clipped_alike(ranks):
     assert_bit_equal(*ranks("mixed"))
     assert ["Some parameters are no DTensors" in message for message in ranks("mixed")[0]["warnings"]] == [True]
+
+
+def test_an_optimizer_of_plain_parameters_beside_a_sharded_one_decides_alike_on_all_ranks(ranks):
+    first, second = ranks("mixed optimizers")
+    assert first["record"] == second["record"]
+    assert first["record"][1:] == (20, 2)
 
 
 def test_a_rank_that_holds_nothing_joins_in(ranks):
