@@ -16,7 +16,14 @@ from lightning_autoclip.clipper import Algorithm, GradientClipper, NonFinite, No
 from lightning_autoclip.gradients import Shard
 from lightning_autoclip.policies import Percentile, Policy
 from lightning_autoclip.recorder import Recorder
-from lightning_autoclip.strategies import ZeroEngine, check_strategy, grad_scaler, gradient_shards, zero_engine
+from lightning_autoclip.strategies import (
+    ZeroEngine,
+    check_precision,
+    check_strategy,
+    grad_scaler,
+    gradient_shards,
+    zero_engine,
+)
 from lightning_autoclip.wandb import describe_run, finite_part, is_wandb
 
 _ROWS_WITHOUT_LOGGING = 1024  # steps between two summaries with `Trainer(log_every_n_steps=0)`
@@ -129,6 +136,7 @@ class GradientClipping(Callback):
                 f" `{type(self).__name__}` has clipped. Remove the override or the callback."
             )
         check_strategy(trainer.strategy, self._arguments["gradient_clip_algorithm"])
+        check_precision(trainer.precision_plugin)
         if self._trained and trainer.global_step == 0:  # fitting on with the same Trainer keeps the record
             self.clippers = []
 

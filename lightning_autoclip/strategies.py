@@ -15,6 +15,7 @@ from lightning_autoclip.gradients import Shard
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.plugins import Precision
     from lightning.pytorch.strategies import Strategy
     from torch.amp.grad_scaler import GradScaler
 
@@ -158,6 +159,28 @@ def _fsdp_shards(root: nn.Module) -> dict[Tensor, Shard]:
             " the ranks drift apart; their mean square counts towards the norm."
         )
     return shards
+
+
+# Precision plugins, by what scales the loss. With a scaler, a fused optimizer still holds scaled gradients in the hook.
+_SCALES = {
+    "MixedPrecision": "by a scaler",
+    "FSDPPrecision": "by a scaler",
+    "DeepSpeedPrecision": "by the engine",
+    "DoublePrecision": "true",
+    "HalfPrecision": "true",
+    "BitsandbytesPrecision": "true",
+    "TransformerEnginePrecision": "true",
+}
+
+
+def check_precision(plugin: Precision) -> None:
+    """Warn of a precision plugin of which nobody knows by what it multiplies the loss."""
+    names = [base.__name__ for base in type(plugin).__mro__]
+    if names[0] != "Precision" and not _SCALES.keys() & names:
+        rank_zero_warn(
+            f"The precision plugin `{names[0]}` is not known: its gradients are taken to be at their true scale, or at"
+            " that of a `GradScaler` in its attribute `scaler`. Extend `MixedPrecision` if it scales the loss."
+        )
 
 
 def grad_scaler(trainer: Trainer) -> GradScaler | None:

@@ -16,6 +16,7 @@ from helpers import Net, loader, trainer, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -37,7 +38,7 @@ from lightning_autoclip import (
     Policy,
     ZScore,
 )
-from lightning_autoclip.strategies import check_strategy
+from lightning_autoclip.strategies import check_precision, check_strategy
 
 
 def test_a_fixed_threshold_trains_as_lightnings_own_clipping():
@@ -281,6 +282,15 @@ def subclass_of(base: type) -> Any:
 def test_a_subclass_counts_as_the_strategy_that_it_extends(base):
     for algorithm in ("norm", "value"):
         check_strategy(subclass_of(base), algorithm)
+
+
+@pytest.mark.parametrize(("base", "warns"), [(Precision, True), (MixedPrecision, False), (HalfPrecision, False)])
+def test_an_unknown_precision_plugin_is_warned_of(base, warns):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_precision(subclass_of(base))
+        check_precision(Precision())
+    assert ["`Custom` is not known" in str(warning.message) for warning in caught] == [True] * warns
 
 
 def test_deepspeed_clips_by_norm_only():
