@@ -46,9 +46,13 @@ class CPUDeepSpeed(DeepSpeedStrategy):
 
 
 REFUSED = {
-    "without ZeRO": lambda: CPUDeepSpeed(0),
-    "clipping by config": lambda: CPUDeepSpeed(1, gradient_clipping=0.01),
-    "without a norm": lambda: CPUDeepSpeed(1, {"compute_grad_norm": False}),
+    "without ZeRO": (lambda: CPUDeepSpeed(0), {}),
+    "ZeRO 1 with fp32 accumulation": (
+        lambda: CPUDeepSpeed(1, data_types={"grad_accum_dtype": "fp32"}),
+        {"precision": "bf16-true"},
+    ),
+    "clipping by config": (lambda: CPUDeepSpeed(1, gradient_clipping=0.01), {}),
+    "without a norm": (lambda: CPUDeepSpeed(1, {"compute_grad_norm": False}), {}),
 }
 
 
@@ -110,9 +114,9 @@ def work(rank, folder, port):
         run = trainer(strategy=CPUDeepSpeed(stage), devices=2, max_epochs=2)
         run.fit(Net(sgd), datamodule=Batches(FACTORS), ckpt_path=path)
         keep(f"{stage} without us", run.optimizers[0].clip_grad)
-    for name, make in REFUSED.items():
+    for name, (strategy, options) in REFUSED.items():
         try:
-            train(make())
+            train(strategy(), **options)
         except MisconfigurationException as error:
             keep(name, str(error))
     torch.distributed.destroy_process_group()
