@@ -1,8 +1,9 @@
 """Gradient clipping for PyTorch Lightning at a running percentile of the gradient norms: no threshold to tune."""
 
 from lightning_autoclip.callback import AutoClip, GradientClipping
-from lightning_autoclip.clipper import GradientClipper, NonFiniteGradientError, StepRecord
+from lightning_autoclip.clipper import GradientClipper, StepRecord
 from lightning_autoclip.history import RunningPercentile
+from lightning_autoclip.optimizers import NonFiniteGradientError
 from lightning_autoclip.policies import Constant, Percentile, Policy, ZScore
 
 __version__ = "0.1.0"

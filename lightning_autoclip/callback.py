@@ -12,8 +12,9 @@ from torch import Tensor, tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
-from lightning_autoclip.clipper import Algorithm, GradientClipper, NonFinite, NonFiniteGradientError, StepRecord
+from lightning_autoclip.clipper import Algorithm, GradientClipper, NonFinite, StepRecord
 from lightning_autoclip.gradients import Shard
+from lightning_autoclip.optimizers import NonFiniteGradientError
 from lightning_autoclip.policies import Percentile, Policy
 from lightning_autoclip.recorder import Recorder
 from lightning_autoclip.strategies import (

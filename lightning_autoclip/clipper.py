@@ -9,28 +9,27 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler, OptState
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from lightning_autoclip._checks import check_choice, check_integer, check_positive
-from lightning_autoclip.gradients import Gradients, Shard, reads_are_free
+from lightning_autoclip.gradients import Gradients, Shard
 from lightning_autoclip.history import History
+from lightning_autoclip.optimizers import (
+    NonFiniteGradientError,
+    forget_found_inf,
+    must_not_skip_itself,
+    parameters_of,
+    pending_scale,
+    raise_if_nonfinite,
+    skip_if_nonfinite,
+    steps_with_found_inf,
+    unwrapped,
+)
 from lightning_autoclip.policies import Policy
 
 Algorithm = Literal["norm", "value"]
 NonFinite = Literal["skip", "raise", "ignore"]
-
-
-class NonFiniteGradientError(RuntimeError):
-    """A gradient held a NaN or an infinity and ``nonfinite="raise"`` was asked for.
-
-    Attributes:
-        parameters: The parameters whose gradients were not finite.
-    """
-
-    def __init__(self, message: str, parameters: list[Tensor]) -> None:
-        super().__init__(message)
-        self.parameters = parameters
 
 
 class StepRecord(NamedTuple):
@@ -150,15 +149,15 @@ class GradientClipper:
             TypeError: ``target`` is neither an optimizer nor parameters, or the policy gave no single number.
             ValueError: The clipper has served another optimizer before.
         """
-        target = _unwrapped(target)
+        target = unwrapped(target)
         optimizer = target if hasattr(target, "param_groups") else None
         if optimizer is not None:
             self._bind(optimizer)
-        gradients = Gradients.of(_parameters_of(target), shards)
+        gradients = Gradients.of(parameters_of(target), shards)
         if not gradients.tensors and gradients.shares is None:
             return None
-        scale = _pending_scale(grad_scaler, optimizer)
-        if scale is not None and self.nonfinite != "ignore" and _must_not_skip_itself(optimizer):
+        scale = pending_scale(grad_scaler, optimizer)
+        if scale is not None and self.nonfinite != "ignore" and must_not_skip_itself(optimizer):
             grad_scaler.unscale_(optimizer)  # type: ignore[union-attr, arg-type]
             scale = None
         norms = gradients.norms()
@@ -176,9 +175,9 @@ class GradientClipper:
             clipped_norm = clipped_norm if scale is None else clipped_norm / scale
         record = StepRecord(norm, clipped_norm, statistic, threshold, self._nonfinite)
         if self.nonfinite == "raise":
-            _raise_if_nonfinite(record.norm, norms, gradients, grad_scaler)
+            raise_if_nonfinite(record.norm, norms, gradients, grad_scaler)
         if self.nonfinite != "ignore":
-            _skip_if_nonfinite(record.norm, gradients, optimizer, grad_scaler, pending=scale is not None)
+            skip_if_nonfinite(record.norm, gradients, optimizer, grad_scaler, pending=scale is not None)
         return record
 
     @torch.no_grad()
@@ -226,7 +225,7 @@ class GradientClipper:
         return int(self._nonfinite)
 
     def _bind(self, optimizer: Any) -> None:
-        _forget_found_inf(optimizer)  # of a step that was given up
+        forget_found_inf(optimizer)  # of a step that was given up
         served = None if self._optimizer is None else self._optimizer()
         if served is optimizer:
             return
@@ -237,8 +236,8 @@ class GradientClipper:
                 " if this optimizer takes the other's place."
             )
         self._optimizer = weakref.ref(optimizer)
-        if _steps_with_found_inf(optimizer):
-            optimizer.register_step_post_hook(_forget_found_inf)
+        if steps_with_found_inf(optimizer):
+            optimizer.register_step_post_hook(forget_found_inf)
 
     def release(self) -> None:
         """Forget the optimizer (not its record), so that the next :meth:`clip_` may be given another one."""
@@ -274,105 +273,3 @@ class GradientClipper:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None}  # a weak reference does not pickle
-
-
-def _unwrapped(target: Any) -> Any:
-    """The optimizer inside Lightning's and Fabric's wrappers, which scalers and hooks know by its own identity."""
-    while any(base.__name__ in ("LightningOptimizer", "_FabricOptimizer") for base in type(target).__mro__):
-        target = target.optimizer
-    return target
-
-
-def _parameters_of(target: Any) -> list[Tensor]:
-    if hasattr(target, "param_groups"):
-        return [parameter for group in target.param_groups for parameter in group["params"]]
-    several = isinstance(target, Iterable) and not isinstance(target, Tensor)
-    parameters = list({id(parameter): parameter for parameter in (target if several else [target])}.values())
-    for parameter in parameters:
-        if not isinstance(parameter, Tensor):
-            raise TypeError(
-                f"Expected `target` to be an optimizer or parameters, but got a `{type(parameter).__name__}`. Pass the"
-                " optimizer, or `model.parameters()`."
-            )
-    return parameters
-
-
-def _pending_scale(grad_scaler: GradScaler | None, optimizer: Any) -> Tensor | None:
-    """The scale by which the gradients are still multiplied: shape ``()``, float32; ``None`` if they are not."""
-    if grad_scaler is None or not grad_scaler.is_enabled():
-        return None
-    if optimizer is None:
-        raise ValueError(
-            "Expected the optimizer beside `grad_scaler`: which gradients are unscaled is kept per optimizer."
-        )
-    state = grad_scaler._per_optimizer_states.get(id(optimizer))
-    unscaled = state is not None and state["stage"] is not OptState.READY
-    return None if unscaled else grad_scaler._scale
-
-
-def _raise_if_nonfinite(norm: Tensor, norms: Tensor, gradients: Gradients, grad_scaler: GradScaler | None) -> None:
-    """Raise at a non-finite norm, unless a `GradScaler` may cure it by lowering its scale. Reads the host."""
-    if math.isfinite(norm.item()):
-        return
-    if grad_scaler is not None and grad_scaler.is_enabled() and grad_scaler.get_scale() > 1:
-        return
-    finite = norms.isfinite().tolist()
-    bad = [parameter for parameter, is_finite in zip(gradients.parameters, finite, strict=True) if not is_finite]
-    where = f"in the gradient of {len(bad)} of {len(finite)} parameters" if bad else "in what another process holds"
-    raise NonFiniteGradientError(
-        f"The norm of the gradient is {norm.item()}: there is a NaN or an infinity (or a norm beyond float32) {where}.",
-        bad,
-    )
-
-
-def _skip_if_nonfinite(
-    norm: Tensor, gradients: Gradients, optimizer: Any, grad_scaler: GradScaler | None, pending: bool
-) -> None:
-    """See to it that the coming step moves no weight if the norm is not finite: neither momentum nor weight decay."""
-    nonfinite = (norm < math.inf).logical_not()
-    if pending:
-        # The scaler will look for an infinity itself. A norm beyond float32 is one too, though no entry may be, and so
-        # is the infinity of another process.
-        for tensor in [tensor for tensor in gradients.tensors if tensor.numel()][:1]:
-            tensor[(0,) * tensor.dim()].add_(torch.where(nonfinite, math.inf, 0.0).to(tensor.device))
-        return
-    scales = grad_scaler is not None and grad_scaler.is_enabled()
-    if scales:
-        for found_inf in grad_scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():  # type: ignore[union-attr]
-            found_inf.add_(nonfinite.to(found_inf))  # where it looks before the step
-    if not _must_not_skip_itself(optimizer):
-        if scales:
-            return
-        if not reads_are_free(norm.device) and _steps_with_found_inf(optimizer):
-            # A fused step that finds 1 here leaves weights and state as they are.
-            optimizer.found_inf = optimizer._clippers_found_inf = nonfinite.to(torch.float32)
-            return
-    if nonfinite.item():
-        for parameter in gradients.parameters:
-            parameter.grad = None
-
-
-def _steps_with_found_inf(optimizer: Any) -> bool:
-    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return supports and all(group.get("fused") for group in optimizer.param_groups)
-
-
-def _must_not_skip_itself(optimizer: Any) -> bool:
-    """Whether a fused step that is told to skip would leave uninitialised memory as momentum behind.
-
-    Fused SGD allocates momentum buffers when it first meets their parameters, without filling them, and a skipped
-    kernel leaves them so (torch 2.13, also under a `GradScaler`). That step must be skipped by having no gradients.
-    """
-    return _steps_with_found_inf(optimizer) and any(
-        parameter.grad is not None and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
-        for group in optimizer.param_groups
-        if group.get("momentum")
-        for parameter in group["params"]
-    )
-
-
-def _forget_found_inf(optimizer: Any, args: Any = None, kwargs: Any = None) -> None:
-    """Take back what :func:`_skip_if_nonfinite` told a fused optimizer: torch would believe it at every later step."""
-    ours = optimizer.__dict__.pop("_clippers_found_inf", None)
-    if ours is not None and getattr(optimizer, "found_inf", None) is ours:  # a scaler's own it deletes itself
-        del optimizer.found_inf

@@ -12,7 +12,7 @@ import pytest
 import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
-WITHOUT_LIGHTNING = ["_checks", "history", "policies", "gradients", "clipper"]
+WITHOUT_LIGHTNING = ["_checks", "history", "policies", "gradients", "optimizers", "clipper"]
 ROOMS = [*WITHOUT_LIGHTNING, "strategies", "recorder", "wandb", "callback", "__init__"]
 
 

@@ -28,7 +28,7 @@ def form(request, monkeypatch):
     """Both forms of every shortcut: with reads by the host, which are free on the CPU, and without."""
     if request.param == "accelerator form":
         monkeypatch.setattr("lightning_autoclip.gradients.reads_are_free", lambda device: False)
-        monkeypatch.setattr("lightning_autoclip.clipper.reads_are_free", lambda device: False)
+        monkeypatch.setattr("lightning_autoclip.optimizers.reads_are_free", lambda device: False)
     return request.param
 
 
@@ -267,7 +267,7 @@ class NoHostReads(TorchDispatchMode):
 @pytest.mark.parametrize("window", [4, None], ids=str)
 def test_a_step_on_an_accelerator_reads_nothing_back(monkeypatch, policy, algorithm, nonfinite, fused, window):
     monkeypatch.setattr("lightning_autoclip.gradients.reads_are_free", lambda device: False)
-    monkeypatch.setattr("lightning_autoclip.clipper.reads_are_free", lambda device: False)
+    monkeypatch.setattr("lightning_autoclip.optimizers.reads_are_free", lambda device: False)
     parameters = [with_gradient([1.0, 2.0]), with_gradient([3.0], torch.bfloat16)]
     optimizer = SGD(parameters, lr=0.1, fused=fused)
     clipper = GradientClipper(
@@ -503,7 +503,7 @@ def test_an_optimizer_whose_groups_are_not_fused_after_all_is_clipped(form):
 
 
 def test_a_step_that_is_given_up_does_not_skip_a_later_one(monkeypatch):
-    monkeypatch.setattr("lightning_autoclip.clipper.reads_are_free", lambda device: False)
+    monkeypatch.setattr("lightning_autoclip.optimizers.reads_are_free", lambda device: False)
     parameter = with_gradient([math.nan])
     optimizer = AdamW([parameter], fused=True)
     GradientClipper(Constant(1.0)).clip_(optimizer)  # and no step
