@@ -339,10 +339,12 @@ class GradientClipping(Callback):
 
     def _tell_of_nonfinite(self, trainer: Trainer) -> None:
         """Warn of non-finite gradients: when the first one is logged, and of further ones at the end of fit."""
-        total = sum(clipper.nonfinite_total for clipper in self.clippers)
         reaction = self._arguments["nonfinite"]
-        if total <= self._told or reaction == "raise" or grad_scaler(trainer) is not None:
+        if reaction == "raise" or grad_scaler(trainer) is not None:
             return  # with a `GradScaler` overflows are the way in which it finds its scale
+        total = sum(clipper.nonfinite_total for clipper in self.clippers)
+        if total <= self._told:
+            return
         self._told, self._has_told = total, True
         done = "applied as they were" if reaction == "ignore" and self._engine is None else "left out"
         rank_zero_warn(

@@ -90,6 +90,12 @@ def run_on_two_ranks(work: Callable[..., None], *args: Any, timeout: float = 120
             process.kill()
 
 
+def assert_bit_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """The figures of every step and the record of two runs, or of two ranks of one, are the same to the bit."""
+    assert torch.equal(first["steps"].nan_to_num(-1), second["steps"].nan_to_num(-1))
+    assert first["record"] == second["record"]
+
+
 class Batches(LightningDataModule):
     """Global batches of eight rows of :func:`dataset` in a fixed order; each data-parallel rank gets its share.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Batches, Net, run_on_two_ranks, trainer
+from helpers import Batches, Net, assert_bit_equal, run_on_two_ranks, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -131,11 +131,6 @@ def ranks(tmp_path_factory):
         port = probe.getsockname()[1]
     run_on_two_ranks(work, str(folder), port, timeout=400)
     return lambda name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
-
-
-def assert_bit_equal(first, second):
-    assert torch.equal(first["steps"].nan_to_num(-1), second["steps"].nan_to_num(-1))
-    assert first["record"] == second["record"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Batches, Net, run_on_two_ranks, trainer
+from helpers import Batches, Net, assert_bit_equal, run_on_two_ranks, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -267,11 +267,6 @@ def ranks(tmp_path_factory):
     for flat in (True, False):
         run_on_two_ranks(work, str(folder), flat)
     return lambda name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
-
-
-def assert_bit_equal(first, second):
-    assert torch.equal(first["steps"].nan_to_num(-1), second["steps"].nan_to_num(-1))
-    assert first["record"] == second["record"]
 
 
 @pytest.mark.parametrize(("name", "algorithm"), CASES)
