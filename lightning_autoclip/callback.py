@@ -163,6 +163,7 @@ class GradientClipping(Callback):
         self._steps_seen, self._batch_idx, self._trained = [None] * len(optimizers), None, True
         for clipper in self.clippers:
             clipper.release()  # a second fit has new optimizers
+            clipper.clipped_norm_every = min(max(_log_every(trainer) // 5, 1), 10)  # five times per row, for its mean
         self._told, self._has_told = sum(clipper.nonfinite_total for clipper in self.clippers), False
         if trainer.is_global_zero and _log_every(trainer):
             keys = [key for recorder in self._recorders for key in recorder.keys]

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from lightning_autoclip import _numbers
 from lightning_autoclip._checks import check_choice, check_integer, check_positive
+from lightning_autoclip._numbers import Number, single
 from lightning_autoclip.gradients import Gradients, Shard
 from lightning_autoclip.history import History
 from lightning_autoclip.optimizers import (
@@ -26,28 +28,32 @@ from lightning_autoclip.optimizers import (
     steps_with_found_inf,
     unwrapped,
 )
-from lightning_autoclip.policies import Policy
+from lightning_autoclip.policies import Policy, threshold_of
 
 Algorithm = Literal["norm", "value"]
 NonFinite = Literal["skip", "raise", "ignore"]
+_CPU = torch.device("cpu")
 
 
 class StepRecord(NamedTuple):
-    """What one step's clipping saw and did. Every field has shape ``()``, float32, on the gradients' device.
+    """What one step's clipping saw and did.
+
+    Every field is a float where the gradients are on the CPU; elsewhere a tensor of shape ``()``, float32, on their
+    device, so that the host waits for it only when somebody reads it, as ``float(record.norm)`` does.
 
     Attributes:
         norm: L2 norm of all gradients viewed as one vector, before clipping.
-        clipped_norm: The same after clipping.
+        clipped_norm: The same after clipping; by value NaN at the steps at which it is not measured.
         statistic: What was recorded and compared: the norm, or by value the root-mean-square entry, norm / √numel.
         threshold: The threshold of this step, in units of ``statistic``; ``inf`` while nothing is clipped.
         nonfinite_total: How many steps so far, this one included, had a NaN or an infinity in their gradient.
     """
 
-    norm: Tensor
-    clipped_norm: Tensor
-    statistic: Tensor
-    threshold: Tensor
-    nonfinite_total: Tensor
+    norm: Number
+    clipped_norm: Number
+    statistic: Number
+    threshold: Number
+    nonfinite_total: Number
 
 
 class GradientClipper:
@@ -84,7 +90,7 @@ class GradientClipper:
         >>> clipper = GradientClipper(Constant(1.0))
         >>> weight.grad = torch.tensor([3.0, 4.0])
         >>> clipper.clip_(optimizer).norm
-        tensor(5.)
+        5.0
         >>> weight.grad
         tensor([0.6000, 0.8000])
     """
@@ -109,7 +115,8 @@ class GradientClipper:
         self.max_threshold = math.inf if max_threshold is None else check_positive("max_threshold", max_threshold)
         self.history = History(window)
         self.steps = 0
-        self._nonfinite = torch.zeros((), dtype=torch.float32)
+        self.clipped_norm_every = 1  # steps; the callback needs it once per row
+        self._nonfinite: Number = 0.0
         self._optimizer: weakref.ref[Any] | None = None
 
     @property
@@ -154,30 +161,31 @@ class GradientClipper:
         if optimizer is not None:
             self._bind(optimizer)
         gradients = Gradients.of(parameters_of(target), shards)
-        if not gradients.tensors and gradients.shares is None:
+        if not gradients.tensors and gradients.shards is None:
             return None
-        scale = pending_scale(grad_scaler, optimizer)
+        scale: Number | None = pending_scale(grad_scaler, optimizer)
         if scale is not None and self.nonfinite != "ignore" and must_not_skip_itself(optimizer):
             grad_scaler.unscale_(optimizer)  # type: ignore[union-attr, arg-type]
             scale = None
         norms = gradients.norms()
-        norm, numel = gradients.whole(norms)
-        scale = None if scale is None else scale.to(norm.device)
-        norm = norm if scale is None else norm / scale
-        statistic = norm if self.gradient_clip_algorithm == "norm" else norm / numel**0.5
+        by_value = self.gradient_clip_algorithm == "value"
+        norm, numel = gradients.whole(norms, with_numel=by_value)
+        if scale is not None:
+            scale = float(scale) if isinstance(norm, float) else torch.as_tensor(scale, device=norm.device)
+            norm = _divided(norm, scale)
+        statistic = _divided(norm, numel**0.5) if by_value else norm
         threshold = self._decide(norm, statistic)
-        if self.gradient_clip_algorithm == "norm":  # the factor is a ratio: the same at every loss scale
-            gradients.clip_norm_(norm, threshold)
-            clipped_norm = torch.minimum(norm, threshold)
-        else:
+        if by_value:
             gradients.clip_value_(norm, threshold if scale is None else threshold * scale)
-            clipped_norm, _ = gradients.whole(gradients.norms())
-            clipped_norm = clipped_norm if scale is None else clipped_norm / scale
+            clipped_norm = self._clipped_norm(norm, scale, gradients)
+        else:  # the factor is a ratio: the same at every loss scale
+            gradients.clip_norm_(norm, threshold)
+            clipped_norm = _smaller(norm, threshold)
         record = StepRecord(norm, clipped_norm, statistic, threshold, self._nonfinite)
         if self.nonfinite == "raise":
-            raise_if_nonfinite(record.norm, norms, gradients, grad_scaler)
+            raise_if_nonfinite(norm, norms, gradients, grad_scaler)
         if self.nonfinite != "ignore":
-            skip_if_nonfinite(record.norm, gradients, optimizer, grad_scaler, pending=scale is not None)
+            skip_if_nonfinite(norm, gradients, optimizer, grad_scaler, pending=scale is not None)
         return record
 
     @torch.no_grad()
@@ -192,32 +200,43 @@ class GradientClipper:
             NonFiniteGradientError: With ``nonfinite="raise"``, if the norm is not finite.
         """
         norm = norm.to(torch.float32)
-        threshold = self._decide(norm, norm)
-        if self.nonfinite == "raise" and loss_scale <= 1 and not math.isfinite(norm.item()):
-            raise NonFiniteGradientError(f"The norm of the gradient is {norm.item()}.", [])
-        return StepRecord(norm, torch.minimum(norm, threshold), norm, threshold, self._nonfinite)
+        number = norm.item() if _numbers.reads_are_free(norm.device) else norm
+        threshold = self._decide(number, number)
+        if self.nonfinite == "raise" and loss_scale <= 1 and not math.isfinite(number):
+            raise NonFiniteGradientError(f"The norm of the gradient is {float(number)}.", [])
+        return StepRecord(number, _smaller(number, threshold), number, threshold, self._nonfinite)
 
-    def _decide(self, norm: Tensor, statistic: Tensor) -> Tensor:
+    def _decide(self, norm: Number, statistic: Number) -> Number:
         """Record the step and return its threshold."""
-        if self.history.values.device != norm.device:
-            self.history.to(norm.device)
+        history = self.history
+        device = norm.device if isinstance(norm, Tensor) else _CPU
+        if history.values.device != device:
+            history.to(device)
+            self._nonfinite = float(self._nonfinite)
+        self.steps += 1
         # A gradient of exactly zero moves nothing and tells no scale; enough of them (hinge losses, masked batches)
         # would pull a percentile to zero and stop the training for good.
-        self.history.update(torch.where(statistic > 0, statistic, math.nan))
-        self.steps += 1
-        self._nonfinite = self._nonfinite.to(norm.device) + (norm < math.inf).logical_not()
-        size = self.history.size
-        threshold = self.policy(self.history.ordered, size)
-        if not isinstance(threshold, Tensor) or threshold.numel() != 1:
-            raise TypeError(
-                f"Expected `policy` to return a tensor of shape (), but {self.policy!r} gave {threshold!r}."
-            )
-        threshold = threshold.to(torch.float32).reshape(())
-        known = size > 0 if self.steps > self.warmup_steps else torch.zeros_like(size, dtype=torch.bool)
-        threshold = torch.where(known, threshold, math.inf)
-        if self.max_threshold < math.inf:
-            threshold = threshold.clamp(max=self.max_threshold)
-        return threshold
+        if not isinstance(norm, Tensor) or not isinstance(statistic, Tensor):
+            self._nonfinite += not norm < math.inf
+            if statistic > 0:
+                history.record(statistic)
+            norms, count = history.on_host()
+            if not count or self.steps <= self.warmup_steps:
+                return self.max_threshold
+            return min(single(self.policy.on_host(norms, count)), self.max_threshold)
+        self._nonfinite = self._nonfinite + (norm < math.inf).logical_not().to(torch.float32)
+        history.record(torch.where(statistic > 0, statistic, math.nan))
+        if self.steps <= self.warmup_steps:
+            return norm.new_full((), self.max_threshold)
+        threshold = threshold_of(self.policy, history.ordered, history.size)
+        return torch.where(history.count > 0, threshold, math.inf).clamp(max=self.max_threshold)
+
+    def _clipped_norm(self, norm: Number, scale: Number | None, gradients: Gradients) -> Number:
+        """By value, the norm after clipping: one more read of the gradients, where it is asked for."""
+        if (self.steps - 1) % self.clipped_norm_every:
+            return math.nan if isinstance(norm, float) else torch.full_like(norm, math.nan)
+        clipped_norm, _ = gradients.whole(gradients.norms())
+        return clipped_norm if scale is None else _divided(clipped_norm, scale)
 
     @property
     def nonfinite_total(self) -> int:
@@ -269,7 +288,18 @@ class GradientClipper:
             raise ValueError(f"The state of a `GradientClipper` is damaged or not one: {error!r}.") from error
         if bool((self.history.ordered <= 0).any()):
             raise ValueError("The state of a `GradientClipper` is damaged: its norms are not all above 0.")
-        self.steps, self._nonfinite = steps, torch.tensor(min(nonfinite_total, steps), dtype=torch.float32)
+        self.steps, self._nonfinite = steps, float(min(nonfinite_total, steps))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None}  # a weak reference does not pickle
+
+
+def _divided(number: Number, divisor: Number) -> Number:
+    quotient = number / divisor
+    return quotient if isinstance(quotient, Tensor) else single(quotient)
+
+
+def _smaller(number: Number, other: Number) -> Number:
+    if isinstance(number, Tensor) and isinstance(other, Tensor):
+        return torch.minimum(number, other)
+    return min(number, other)

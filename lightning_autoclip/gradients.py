@@ -13,14 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_autoclip import _numbers
+from lightning_autoclip._numbers import Number, single
 
-def reads_are_free(device: torch.device) -> bool:
-    """Whether reading a tensor of ``device`` on the host makes nobody wait.
-
-    The one place that decides between the two forms of every shortcut: a plain ``if`` on the CPU, tensor arithmetic
-    on an accelerator.
-    """
-    return device.type == "cpu"
+_LONGEST_SUM = 2**19  # entries; torch adds squares on the CPU one by one, and loses 1e-5 at twice as many
 
 
 class Shard(NamedTuple):
@@ -36,7 +32,7 @@ class Shard(NamedTuple):
     numel: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Gradients:
     """The gradients that one optimizer step is about to apply: of each, the part that this process holds.
 
@@ -44,15 +40,13 @@ class Gradients:
         parameters: The parameters that have a gradient.
         tensors: Their gradients as real, dense, local tensors that share the gradients' memory (of a DTensor, its local
             shard; of a sparse gradient, its coalesced values; of a complex one, its real view).
-        numels: Number of entries of each, absent entries of sparse ones included.
-        shares: Of each, `Shard.share`; ``None`` where every process holds the whole gradient and nothing is summed.
+        shards: What is held here of each; ``None`` where every process holds the whole gradient and nothing is summed.
         device: Where the parameters are.
     """
 
     parameters: list[Tensor]
     tensors: list[Tensor]
-    numels: list[float]
-    shares: list[float] | None
+    shards: list[Shard] | None
     device: torch.device
 
     @classmethod
@@ -64,102 +58,119 @@ class Gradients:
             shards: What is held of each parameter's gradient, where that does not tell it itself as a DTensor does.
                 Of parameters that do not stand there every process is taken to hold the whole.
         """
-        parameters = list(parameters)
-        dtensor = _dtensor()
-        sharded = shards is not None or any(isinstance(parameter, dtensor) for parameter in parameters)
-        world = dist.get_world_size() if sharded else 1
-        found, tensors, numels, shares = [], [], [], []
+        dtensor, sharded = _dtensor(), shards is not None
+        found, tensors, parameter = [], [], None
         for parameter in parameters:
+            is_dtensor = dtensor is not None and isinstance(parameter, dtensor)
+            sharded = sharded or is_dtensor
             gradient = parameter.grad
             if gradient is None:
                 continue
-            share, numel = 1 / world, None
-            if shards is not None:
-                share, numel = shards.get(parameter, (share, numel))
-            if isinstance(gradient, dtensor):
-                gradient, shards_of_it = _local(parameter)
-                share = shards_of_it / world
-            numels.append(gradient.numel() if numel is None else numel)
-            if gradient.layout is not torch.strided:
-                gradient = parameter.grad = _coalesced(gradient)
-                gradient = gradient._values()
-            elif gradient.is_conj() or gradient.is_neg():
-                gradient = parameter.grad = gradient.resolve_conj().resolve_neg()
+            if is_dtensor:
+                gradient = _local(parameter)
+            elif gradient.layout is not torch.strided or gradient.is_complex() or gradient.is_neg():
+                gradient = _plain(parameter)
             found.append(parameter)
-            tensors.append(torch.view_as_real(gradient) if gradient.is_complex() else gradient)
-            shares.append(share)
-        device = (tensors or parameters or [torch.empty(0)])[0].device
-        return cls(found, tensors, numels, shares if sharded else None, device)
+            tensors.append(gradient)
+        held = [_shard(parameter, shards or {}) for parameter in found] if sharded else None
+        one = tensors[0] if tensors else parameter
+        return cls(found, tensors, held, torch.device("cpu") if one is None else one.device)
 
-    def norms(self) -> Tensor:
+    def norms(self) -> list[float] | Tensor:
         """L2 norm of each of :attr:`tensors`.
 
         Returns:
-            Shape ``(len(tensors),)``, float32 (float64 if a gradient is), on :attr:`device`. Squares are summed in
-            that dtype whatever the gradients' own.
+            On the CPU one float for each; else shape ``(len(tensors),)``, on :attr:`device`, float32 (float64 if a
+            gradient is). Squares are summed in that dtype whatever the gradients' own.
         """
+        on_host = _numbers.reads_are_free(self.device)
         if not self.tensors:
-            return torch.zeros(0, device=self.device)
-        dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in self.tensors) else torch.float32
-        norms = torch._foreach_norm(self.tensors, 2.0, dtype=dtype)
+            return [] if on_host else torch.zeros(0, device=self.device)
+        dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in self.tensors} else torch.float32
+        if on_host and max([tensor.numel() for tensor in self.tensors]) > _LONGEST_SUM:
+            norms = [_norm_by_parts(tensor, dtype) for tensor in self.tensors]
+        else:
+            norms = list(torch._foreach_norm(self.tensors, 2.0, dtype=dtype))
+        if on_host:
+            return [norm.item() for norm in norms]
         return torch.stack([norm.to(self.device, non_blocking=True) for norm in norms])
 
-    def whole(self, norms: Tensor) -> tuple[Tensor, Tensor | float]:
-        """L2 norm and number of entries of all gradients of all processes, viewed as one vector.
+    def numel(self) -> float:
+        """How many entries count as held by this process, absent ones of sparse gradients included."""
+        if self.shards is None:
+            return sum(parameter.numel() for parameter in self.parameters)
+        return sum(
+            shard.share * (parameter.numel() if shard.numel is None else shard.numel)
+            for parameter, shard in zip(self.parameters, self.shards, strict=True)
+        )
+
+    def whole(self, norms: list[float] | Tensor, with_numel: bool = False) -> tuple[Number, Number]:
+        """L2 norm of all gradients of all processes, viewed as one vector, and the number of its entries.
 
         One collective where gradients are sharded, which every process must join; none elsewhere. Whether the norm is
         finite is the same on every process, since it is decided from the sum.
 
         Args:
             norms: What :meth:`norms` returned.
+            with_numel: Whether the entries are counted; the number is 1 if not.
 
         Returns:
-            The norm (shape ``()``, float32, on :attr:`device`, equal on every process) and the number of entries.
+            The norm (a float32, equal on every process) and the number of entries.
         """
-        if self.shares is None:
-            return torch.linalg.vector_norm(norms).to(torch.float32), sum(self.numels)
-        shares = _on_device(tuple(self.shares), norms.dtype, norms.device)
-        numel = sum(share * numel for share, numel in zip(self.shares, self.numels, strict=True))
-        sums = torch.stack(((norms.square() * shares).sum(), norms.new_full((), numel))).to(torch.float32)
+        numel = self.numel() if with_numel else 1.0
+        if self.shards is None:
+            if isinstance(norms, Tensor):
+                return torch.linalg.vector_norm(norms).to(torch.float32), numel
+            return single(math.hypot(*norms)), numel
+        shares = tuple(shard.share for shard in self.shards)
+        if isinstance(norms, Tensor):
+            square = (norms.square() * _on_device(shares, norms.dtype, norms.device)).sum()
+            sums = torch.stack((square, norms.new_full((), numel))).to(torch.float32)
+        else:
+            square_here = sum(share * norm * norm for share, norm in zip(shares, norms, strict=True))
+            sums = torch.tensor((square_here, numel), dtype=torch.float64)
         if dist.get_backend() == "nccl":  # CPU offload: NCCL sums on GPUs only
             sums = sums.cuda()
         dist.all_reduce(sums)
-        square, numel_of_all = sums.to(self.device).unbind()
-        return square.sqrt(), numel_of_all
+        if isinstance(norms, Tensor):
+            square, numel_of_all = sums.to(self.device).unbind()
+            return square.sqrt(), numel_of_all
+        square_of_all, numel_of_all = sums.tolist()
+        return single(math.sqrt(square_of_all)), numel_of_all
 
-    def clip_norm_(self, norm: Tensor, threshold: Tensor) -> None:
+    def clip_norm_(self, norm: Number, threshold: Number) -> None:
         """Multiply every gradient by ``threshold / norm`` in place if the norm is finite and above the threshold.
 
         At or under the threshold, and when the norm is not finite, no bit changes.
 
         Args:
-            norm: Shape ``()``, float32: the L2 norm of all the gradients, viewed as one vector.
-            threshold: Shape ``()``, float32.
+            norm: The L2 norm of all the gradients, viewed as one vector.
+            threshold: In the same units.
         """
-        if reads_are_free(norm.device):
+        if isinstance(norm, float):
             if threshold < norm < math.inf:
-                torch._foreach_mul_(self.tensors, (threshold / norm).item())
+                torch._foreach_mul_(self.tensors, threshold / norm)
             return
-        clips = (norm > threshold) & norm.isfinite()
+        clips = (norm > threshold) & (norm < math.inf)
         for tensors, (factor,) in self._by_device(torch.where(clips, threshold / norm, 1.0)):
             torch._foreach_mul_(tensors, factor)
 
-    def clip_value_(self, norm: Tensor, threshold: Tensor) -> None:
+    def clip_value_(self, norm: Number, threshold: Number) -> None:
         """Clamp every entry to ``[-threshold, threshold]`` in place if the norm is finite.
 
         Args:
-            norm: Shape ``()``, float32: the L2 norm of all the gradients. Where it is not finite no bit changes: a
-                clamped infinity would hide from a `GradScaler` that looks for it later.
-            threshold: Shape ``()``, float32; ``inf`` leaves everything as it is.
+            norm: The L2 norm of all the gradients. Where it is not finite no bit changes: a clamped infinity would
+                hide from a `GradScaler` that looks for it later.
+            threshold: In units of an entry; ``inf`` leaves everything as it is.
         """
-        if reads_are_free(norm.device):
-            limit = threshold.item()
-            if norm < math.inf and limit < math.inf:
+        if not isinstance(norm, Tensor) or not isinstance(threshold, Tensor):
+            if norm < math.inf and threshold < math.inf:
+                kinds = {tensor.dtype for tensor in self.tensors}
+                bounds = {dtype: min(float(threshold), torch.finfo(dtype).max) for dtype in kinds}
                 for tensor in self.tensors:
-                    bound = min(limit, torch.finfo(tensor.dtype).max)
-                    tensor.clamp_(-bound, bound)
+                    tensor.clamp_(-bounds[tensor.dtype], bounds[tensor.dtype])
             return
-        limits = torch.where(norm.isfinite(), threshold, math.inf)
+        limits = torch.where(norm < math.inf, threshold, math.inf)
         for tensors, (low, high) in self._by_device(-limits, limits):
             for tensor in tensors:
                 tensor.clamp_(low, high)
@@ -179,14 +190,25 @@ def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.devi
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def _dtensor() -> type | tuple[()]:
+def _norm_by_parts(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """L2 norm of a tensor on the CPU, summed over parts that are short enough for float32."""
+    if tensor.numel() <= _LONGEST_SUM:
+        return torch._foreach_norm([tensor], 2.0, dtype=dtype)[0]
+    rows = tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))  # in the order of the memory
+    rows = rows.view(-1) if rows.is_contiguous() else rows
+    parts = torch.split(rows, max(1, _LONGEST_SUM * len(rows) // rows.numel()))
+    norms: list[Tensor] = list(torch._foreach_norm(parts, 2.0, dtype=dtype))
+    return torch.linalg.vector_norm(torch.stack(norms))  # type: ignore[no-any-return]
+
+
+def _dtensor() -> type | None:
     """The class DTensor if anybody has imported it, for `isinstance`; importing it takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module.DTensor if module is not None else ()
+    return None if module is None else module.DTensor
 
 
-def _local(parameter: Any) -> tuple[Tensor, int]:
-    """What this process holds of a DTensor's gradient, and in how many distinct shards it lies on its mesh.
+def _local(parameter: Any) -> Tensor:
+    """What this process holds of a DTensor's gradient.
 
     Gradients that are still to be summed (sequence parallelism leaves such for replicated parameters) are summed here.
     """
@@ -196,11 +218,26 @@ def _local(parameter: Any) -> tuple[Tensor, int]:
     local: Tensor = gradient.to_local()
     if local.is_conj() or local.is_neg() or local.layout is not torch.strided:
         raise TypeError("Expected gradients of DTensors to be dense and not lazily conjugated or negated.")
+    return torch.view_as_real(local) if local.is_complex() else local
+
+
+def _shard(parameter: Any, shards: Mapping[Tensor, Shard]) -> Shard:
+    """How much of a gradient this process holds: known of a DTensor by itself."""
+    gradient, world = parameter.grad, dist.get_world_size()
+    if not hasattr(gradient, "placements"):
+        return shards.get(parameter, Shard(1 / world))
     sizes = (gradient.device_mesh.size(i) for i, placement in enumerate(gradient.placements) if placement.is_shard())
-    return local, math.prod(sizes)
+    return Shard(math.prod(sizes) / world, gradient.to_local().numel())
 
 
-def _coalesced(gradient: Tensor) -> Tensor:
-    if gradient.layout is not torch.sparse_coo:
+def _plain(parameter: Tensor) -> Tensor:
+    """A gradient that is sparse, complex or lazily negated, as a real, dense tensor that shares its memory."""
+    gradient: Any = parameter.grad
+    if gradient.layout is torch.sparse_coo:
+        gradient = parameter.grad = gradient.coalesce()
+        gradient = gradient._values()
+    elif gradient.layout is not torch.strided:
         raise TypeError(f"Expected dense or sparse COO gradients, but got one of layout {gradient.layout}.")
-    return gradient.coalesce()
+    elif gradient.is_neg() or gradient.is_conj():
+        gradient = parameter.grad = gradient.resolve_conj().resolve_neg()
+    return torch.view_as_real(gradient) if gradient.is_complex() else gradient

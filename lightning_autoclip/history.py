@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 
+from lightning_autoclip import _numbers
 from lightning_autoclip._checks import check_integer, check_number
+from lightning_autoclip._numbers import Number, single
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,13 +59,21 @@ def percentile_of(ordered: Tensor, count: Tensor, percentile: float) -> Tensor:
     return torch.lerp(ordered.take(below), ordered.take(above), (rank - below).to(ordered.dtype))
 
 
+def percentile_on_host(ordered: Sequence[float], count: int, percentile: float) -> float:
+    """Do the same with plain numbers: ``count`` is at least 1."""
+    position = (count - 1) * (percentile / 100)
+    below = int(position)
+    low, between = ordered[below], position - below
+    return single(low + between * (ordered[below + 1] - low)) if between else low
+
+
 class History(Metric):
     """The finite values of the last ``window`` updates, or of all of them, in order and sorted.
 
-    Values live on the metric's device and nothing is read back to the host by :meth:`update`: a value is put into the
-    sorted record by one clamp (``sorted[i] = clamp(x, sorted[i-1], sorted[i])``) and the oldest one leaves it by one
-    select, so that a step costs the same from the first to the last with a window, and one pass over the record
-    without one. A NaN or an infinity never enters.
+    Values live on the metric's device. On an accelerator nothing is read back to the host by :meth:`update`: a value is
+    put into the sorted record by one clamp (``sorted[i] = clamp(x, sorted[i-1], sorted[i])``) and the oldest one leaves
+    it by one select. On the CPU it is a binary search and a shift. Either way a step costs the same from the first to
+    the last with a window, and one pass over the record at most without one. A NaN or an infinity never enters.
 
     The record is the same on every rank if the values are; it is never reduced over processes.
 
@@ -92,6 +103,7 @@ class History(Metric):
         self.add_state("sorted", torch.cat((-empty[:1], empty, empty[:1])))
         self.add_state("length", torch.tensor(window or 0))
         self._spare = self.sorted.clone()  # what the next sorted record is written to
+        self._memory: Any = None  # of the tensors above, and which they were
 
     @torch.no_grad()
     def update(self, value: Tensor | float) -> None:
@@ -108,7 +120,18 @@ class History(Metric):
             raise ValueError(
                 f"Expected one `value`, but got a tensor of shape {tuple(value.shape)}. `extend` takes many."
             )
-        value = value.reshape(())
+        self._insert(value.item() if _numbers.reads_are_free(value.device) else value.reshape(()))
+
+    def record(self, value: Number) -> None:
+        """Do what :meth:`update` does, without its checks and without what torchmetrics does around it."""
+        self.__dict__.update(_update_count=self._update_count + 1, _computed=None)
+        self._insert(value)
+
+    def _insert(self, value: Number) -> None:
+        if isinstance(value, float):
+            if math.isfinite(value):
+                self._insert_on_host(value)
+            return
         self._make_room()
         old, new = self.sorted, self._spare
         entering = value.nan_to_num(_INF, _INF, _INF)
@@ -123,6 +146,30 @@ class History(Metric):
             old, new = new, old
         torch.clamp(entering, min=old[:-1], max=old[1:], out=new[1:])  # +inf puts nothing in
         self.sorted, self._spare = new, old
+
+    def _insert_on_host(self, value: float) -> None:
+        ordered, ring, counter = self._on_host()
+        count = counter[0]
+        if count >= len(ring) and self.window != len(ring):
+            self._make_room()
+            ordered, ring, counter = self._on_host()
+        slot, end = count if self.window is None else count % self.window, min(count, len(ring))
+        if end == self.window:  # the oldest leaves
+            end -= 1
+            at = bisect_left(ordered, ring[slot], 0, end)
+            ordered[at:end] = ordered[at + 1 : end + 1]
+        at = bisect_left(ordered, value, 0, end)
+        ordered[at + 1 : end + 1] = ordered[at:end]
+        ordered[at] = ring[slot] = value
+        counter[0] = count + 1
+
+    def _on_host(self) -> tuple[Any, Any, Any]:
+        """The memory of :attr:`ordered`, ``values`` and ``count``, for plain arithmetic on the CPU."""
+        if self._memory is None or self._memory[0] is not self.sorted or self._memory[1] is not self.count:
+            tensors = self.sorted[1:], self.values, self.count.reshape(1)
+            self._memory = self.sorted, self.count, *(tensor.numpy().data for tensor in tensors)
+        _, _, ordered, ring, counter = self._memory
+        return ordered, ring, counter
 
     @torch.no_grad()
     def extend(self, values: Tensor) -> None:
@@ -159,10 +206,18 @@ class History(Metric):
         """The values in ascending order, then ``+inf``: shape ``(n,)``, float32, of which :attr:`size` hold values."""
         return self.sorted[1:]
 
+    def on_host(self) -> tuple[memoryview, int]:
+        """:attr:`ordered` as floats that share its memory, and :attr:`size` as an int: only on the CPU."""
+        ordered, ring, counter = self._on_host()
+        return ordered, min(counter[0], len(ring))
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self._spare = self.sorted.clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_memory": None}  # a copy has memory of its own
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Module:
         """Follow a module to another device, but not to another dtype: values are float32, counts are not."""
@@ -269,6 +324,9 @@ class RunningPercentile(History):
 
     def compute(self) -> Tensor:
         """Return the percentile: shape ``()``, float32, on the metric's device; NaN before the first value."""
+        if _numbers.reads_are_free(self.count.device):
+            ordered, count = self.on_host()
+            return torch.tensor(percentile_on_host(ordered, count, self.percentile) if count else math.nan)
         size = self.size
         return torch.where(size > 0, percentile_of(self.ordered, size, self.percentile), math.nan)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
-from lightning_autoclip.gradients import Gradients, reads_are_free
+from lightning_autoclip._numbers import Number
+from lightning_autoclip.gradients import Gradients
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -32,10 +34,10 @@ def unwrapped(target: Any) -> Any:
     return target
 
 
-def parameters_of(target: Any) -> list[Tensor]:
+def parameters_of(target: Any) -> Iterable[Tensor]:
     """The parameters of an optimizer, or those that were given, each once; anything else is a `TypeError`."""
     if hasattr(target, "param_groups"):
-        return [parameter for group in target.param_groups for parameter in group["params"]]
+        return chain.from_iterable(group["params"] for group in target.param_groups)
     several = isinstance(target, Iterable) and not isinstance(target, Tensor)
     parameters = list({id(parameter): parameter for parameter in (target if several else [target])}.values())
     for parameter in parameters:
@@ -60,25 +62,29 @@ def pending_scale(grad_scaler: GradScaler | None, optimizer: Any) -> Tensor | No
     return None if unscaled else grad_scaler._scale
 
 
-def raise_if_nonfinite(norm: Tensor, norms: Tensor, gradients: Gradients, grad_scaler: GradScaler | None) -> None:
+def raise_if_nonfinite(
+    norm: Number, norms: list[float] | Tensor, gradients: Gradients, grad_scaler: GradScaler | None
+) -> None:
     """Raise at a non-finite norm, unless a `GradScaler` may cure it by lowering its scale. Reads the host."""
-    if math.isfinite(norm.item()):
+    if math.isfinite(norm):
         return
     if grad_scaler is not None and grad_scaler.is_enabled() and grad_scaler.get_scale() > 1:
         return
-    finite = norms.isfinite().tolist()
+    finite = torch.as_tensor(norms).isfinite().tolist()
     bad = [parameter for parameter, is_finite in zip(gradients.parameters, finite, strict=True) if not is_finite]
     where = f"a NaN or an infinity in the gradient of {len(bad)} of {len(finite)} parameters"
     if not bad:
-        where = "beyond float32" if gradients.shares is None else "not finite in what another process holds"
-    raise NonFiniteGradientError(f"The norm of the gradient is {norm.item()}: {where}.", bad)
+        where = "beyond float32" if gradients.shards is None else "not finite in what another process holds"
+    raise NonFiniteGradientError(f"The norm of the gradient is {float(norm)}: {where}.", bad)
 
 
 def skip_if_nonfinite(
-    norm: Tensor, gradients: Gradients, optimizer: Any, grad_scaler: GradScaler | None, pending: bool
+    norm: Number, gradients: Gradients, optimizer: Any, grad_scaler: GradScaler | None, pending: bool
 ) -> None:
     """See to it that the coming step moves no weight if the norm is not finite: neither momentum nor weight decay."""
-    nonfinite = (norm < math.inf).logical_not()
+    if isinstance(norm, float) and norm < math.inf:
+        return
+    nonfinite = torch.as_tensor(norm < math.inf).logical_not()
     if pending:
         # The scaler will look for an infinity itself. A norm beyond float32 is one too, though no entry may be, and so
         # is the infinity of another process.
@@ -92,7 +98,7 @@ def skip_if_nonfinite(
     if not must_not_skip_itself(optimizer):
         if scales:
             return
-        if not reads_are_free(norm.device) and steps_with_found_inf(optimizer):
+        if isinstance(norm, Tensor) and steps_with_found_inf(optimizer):
             # A fused step that finds 1 here leaves weights and state as they are.
             optimizer.found_inf = optimizer._clippers_found_inf = nonfinite.to(torch.float32)
             return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_autoclip._checks import check_positive
-from lightning_autoclip.history import check_percentile, percentile_of
+from lightning_autoclip.history import check_percentile, percentile_of, percentile_on_host
 
 
 class Policy(ABC):
@@ -40,6 +40,23 @@ class Policy(ABC):
             Shape ``()``, float32, on the device of ``norms``.
         """
 
+    def on_host(self, norms: memoryview, count: int) -> float:
+        """Return the threshold where reads are free. Override it where small tensor operations cost too much.
+
+        Args:
+            norms: The same as plain floats, which must not be written to.
+            count: At least 1.
+        """
+        return threshold_of(self, torch.frombuffer(norms, dtype=torch.float32), torch.tensor(count)).item()
+
+
+def threshold_of(policy: Policy, norms: Tensor, count: Tensor) -> Tensor:
+    """What a policy asks for: shape ``()``, float32. Anything but one number is a `TypeError`."""
+    threshold = policy(norms, count)
+    if not isinstance(threshold, Tensor) or threshold.numel() != 1:
+        raise TypeError(f"Expected `policy` to return a tensor of shape (), but {policy!r} gave {threshold!r}.")
+    return threshold.to(torch.float32).reshape(())
+
 
 @dataclass(frozen=True)
 class Percentile(Policy):
@@ -68,6 +85,10 @@ class Percentile(Policy):
         """Return ``multiplier`` times the percentile."""
         threshold = percentile_of(norms, count, self.percentile)
         return threshold if self.multiplier == 1 else threshold * self.multiplier
+
+    def on_host(self, norms: memoryview, count: int) -> float:
+        """Return the same with plain numbers."""
+        return percentile_on_host(norms, count, self.percentile) * self.multiplier
 
 
 @dataclass(frozen=True)

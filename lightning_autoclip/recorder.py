@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -25,14 +26,17 @@ class Point:
 
     @property
     def clip_coef(self) -> float:
-        """The factor by which clipping shrank the norm of the gradient, and with it the step: 1 where it did not."""
-        return self.clipped_norm / self.norm if self.clipped_norm < self.norm else 1.0
+        """The factor by which clipping shrank the norm of the gradient, and with it the step: 1 where it did not.
+
+        NaN where the norm after clipping was not measured.
+        """
+        return 1.0 if self.clipped_norm >= self.norm else self.clipped_norm / self.norm
 
 
 class Recorder:
     """Holds the step records of one optimizer and sums them up in rows.
 
-    Records stay on the device until a row is due: one copy to the host per row, none per step.
+    Records of an accelerator stay there until a row is due: one copy to the host per row, none per step.
 
     Args:
         prefix: What the keys of the rows start with, for example ``"autoclip/"``.
@@ -47,7 +51,7 @@ class Recorder:
     def __init__(self, prefix: str, by_value: bool = False, every_step: bool = False) -> None:
         self.prefix, self.by_value, self.every_step = prefix, by_value, every_step
         self.last_row: dict[str, float] = {}
-        self._on_device: list[tuple[int, torch.Tensor]] = []
+        self._on_device: list[tuple[int, StepRecord]] = []  # or on the host, of the CPU
         self._points: list[Point] = []
 
     @property
@@ -58,7 +62,7 @@ class Recorder:
 
     def add(self, record: StepRecord, step: int) -> None:
         """Hold a record until the next row."""
-        self._on_device.append((step, torch.stack(record)))
+        self._on_device.append((step, record))
         if len(self._on_device) >= _MAX_ON_DEVICE:
             self._fetch()
 
@@ -73,8 +77,10 @@ class Recorder:
     def _fetch(self) -> None:
         """Copy to the host what is held on the device."""
         if self._on_device:
-            values = torch.stack([values for _, values in self._on_device]).tolist()
-            self._points += [Point(step, *row) for (step, _), row in zip(self._on_device, values, strict=True)]
+            records: Any = [record for _, record in self._on_device]
+            if isinstance(records[0].norm, torch.Tensor):
+                records = torch.stack([torch.stack(record) for record in records]).tolist()
+            self._points += [Point(step, *record) for (step, _), record in zip(self._on_device, records, strict=True)]
             self._on_device = []
 
     def summarise(self) -> dict[str, float]:
@@ -98,7 +104,7 @@ class Recorder:
         finite = [point for point in points if math.isfinite(point.norm)]
         last = finite[-1] if finite else replace(points[-1], norm=math.nan, statistic=math.nan)
         largest = max(finite, key=lambda point: point.norm, default=None)
-        coefs = [point.clip_coef for point in finite]
+        coefs = [coef for point in finite if not math.isnan(coef := point.clip_coef)]
         row = {
             "grad_norm": last.norm,
             "grad_norm_mean": _mean([point.norm for point in finite]),

@@ -11,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_autoclip._numbers import Number
 from lightning_autoclip.gradients import Shard
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class ZeroEngine:
         norm = torch.as_tensor(norm, dtype=torch.float32)
         return torch.where(norm >= 0, norm / self.optimizer.loss_scale, torch.nan)  # it says -1 for what is not finite
 
-    def clip_at(self, threshold: Tensor) -> None:
+    def clip_at(self, threshold: Number) -> None:
         """Have the step that follows clip at this threshold. Reads the host, as the engine itself does."""
         value = float(threshold)
         self.optimizer.clip_grad = value if value < math.inf else 0.0

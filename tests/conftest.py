@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from helpers import FORMS, in_form
 
 torch.set_num_threads(1)
 collect_ignore = [] if find_spec("deepspeed") else ["test_deepspeed.py"]  # `make test-deepspeed` has it
@@ -18,6 +19,13 @@ collect_ignore = [] if find_spec("deepspeed") else ["test_deepspeed.py"]  # `mak
 def _in_an_empty_folder(tmp_path, monkeypatch):
     """Nothing that a test writes lands in the checkout."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    """Both forms of every shortcut: with reads by the host, which are free on the CPU, and without."""
+    with in_form(request.param):
+        yield request.param
 
 
 def pytest_collection_modifyitems(config, items):

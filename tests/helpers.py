@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,23 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from lightning_autoclip import _numbers
+
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+FORMS = ("cpu form", "accelerator form")
+
+
+@contextmanager
+def in_form(form: str) -> Iterator[None]:
+    """Take one of the two forms of every shortcut: the accelerators' one runs on the CPU too."""
+    if form == "cpu form":
+        yield
+        return
+    reads_are_free, _numbers.reads_are_free = _numbers.reads_are_free, lambda device: False
+    try:
+        yield
+    finally:
+        _numbers.reads_are_free = reads_are_free
 
 
 def with_gradient(gradient: Any, dtype: torch.dtype = torch.float32) -> nn.Parameter:

@@ -12,7 +12,7 @@ import pytest
 import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
-WITHOUT_LIGHTNING = ["_checks", "history", "policies", "gradients", "optimizers", "clipper"]
+WITHOUT_LIGHTNING = ["_checks", "_numbers", "history", "policies", "gradients", "optimizers", "clipper"]
 ROOMS = [*WITHOUT_LIGHTNING, "strategies", "recorder", "wandb", "callback", "__init__"]
 
 
@@ -24,7 +24,10 @@ def imports(room: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{room}.py has a relative import"
-            names.add(str(node.module))
+            if node.module == "lightning_autoclip":
+                names |= {f"lightning_autoclip.{alias.name}" for alias in node.names}
+            else:
+                names.add(str(node.module))
     return names
 
 

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from helpers import FORMS, in_form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics import MetricCollection
@@ -25,18 +26,33 @@ def kept(values: list[float], window: int | None) -> np.ndarray:
     return np.array(finite if window is None else finite[-window:])
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.lists(ANY, min_size=1, max_size=40), PERCENTILES, WINDOWS)
-def test_percentile_agrees_with_numpy_at_every_step(values, percentile, window):
+@pytest.mark.parametrize("which", FORMS)
+@settings(deadline=None, max_examples=200)
+@given(values=st.lists(ANY, min_size=1, max_size=40), percentile=PERCENTILES, window=WINDOWS)
+def test_percentile_agrees_with_numpy_at_every_step(which, values, percentile, window):
     metric = RunningPercentile(percentile, window)
     for i, value in enumerate(values):
-        metric.update(torch.tensor(value))
+        with in_form(which):
+            metric.update(torch.tensor(value))
+            result = metric.compute()
         expected = kept(values[: i + 1], window)
         if expected.size:
-            assert metric.compute().item() == pytest.approx(np.percentile(expected, percentile), rel=1e-6)
+            assert result.item() == pytest.approx(np.percentile(expected, percentile), rel=1e-6)
         else:
-            assert metric.compute().isnan()
+            assert result.isnan()
         np.testing.assert_array_equal(metric.recorded.numpy(), expected.astype(np.float32))
+
+
+@given(values=st.lists(ANY, min_size=1, max_size=40), window=WINDOWS, switch=st.integers(0, 40))
+def test_a_record_that_moves_between_devices_goes_on(values, window, switch):
+    """The two forms keep one and the same state, so that a record can go from an accelerator to the CPU and back."""
+    metric, reference = RunningPercentile(50, window), RunningPercentile(50, window)
+    for i, value in enumerate(values):
+        reference.update(torch.tensor(value))
+        with in_form(FORMS[(i < switch) ^ (i % 5 == 0)]):
+            metric.update(torch.tensor(value))
+    for name in ("values", "sorted", "count"):
+        assert torch.equal(getattr(metric, name), getattr(reference, name)), name
 
 
 @settings(deadline=None, max_examples=100)
@@ -55,7 +71,7 @@ def test_extend_is_update_for_each_value(before, bulk, after, percentile, window
 
 
 @pytest.mark.parametrize("window", [1024, 1500, None], ids=str)
-def test_the_record_grows_past_its_first_capacity(window):
+def test_the_record_grows_past_its_first_capacity(form, window):
     values = np.random.default_rng(0).lognormal(0, 2, 3000).astype(np.float32)
     metric = RunningPercentile(10, window)
     for value in values:

@@ -227,7 +227,7 @@ def one_shard_only():
         layer.zero_grad()
         layer(torch.tensor([[3.0]])).sum().backward()
         record = GradientClipper(Constant(1.5), gradient_clip_algorithm=algorithm).clip_(layer.parameters())
-        seen.append([record.norm.item(), layer.weight.grad.full_tensor().item()])
+        seen.append([float(record.norm), layer.weight.grad.full_tensor().item()])
     return seen
 
 

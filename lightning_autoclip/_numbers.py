@@ -1,0 +1,26 @@
+"""The few numbers of a step: plain floats where the host reads them for free, tensors where it would have to wait."""
+
+from __future__ import annotations
+
+from ctypes import c_float
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Number: TypeAlias = float | Tensor
+"""A float on the CPU; on an accelerator a tensor of shape ``()``, float32, which nobody may read in a step."""
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether reading a tensor of ``device`` on the host makes nobody wait.
+
+    The one place that decides between the two forms of a `Number`, and with it of every shortcut: plain arithmetic and
+    a plain ``if`` with floats, tensor arithmetic without.
+    """
+    return device.type == "cpu"
+
+
+def single(number: float) -> float:
+    """The nearest float32, which is what a record keeps: a norm must equal itself when it is compared with it."""
+    return c_float(number).value
