@@ -1,4 +1,4 @@
-.PHONY: test lint types unit test-deepspeed demo fuzz clean
+.PHONY: test lint types unit test-deepspeed demo bench fuzz clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -37,6 +37,11 @@ test-deepspeed: .venv-deepspeed/ready ## ZeRO 1, 2 and 3 on two CPU processes
 
 demo: $(READY) ## train the example three times and draw what clipping did
 	$(BIN)/python examples/char_lm.py
+
+bench: $(READY) ## what clipping adds to a step, beside Lightning and two packages that are installed for it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/peers \
+		autoclip==0.2.1 smartclip==0.1.1
+	PYTHONPATH=build/peers $(BIN)/python examples/benchmarks/overhead.py
 
 fuzz: $(READY) ## 100,000 random histories against numpy
 	$(BIN)/python tests/fuzz_percentile.py
