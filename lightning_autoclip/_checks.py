@@ -59,3 +59,10 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
         if isinstance(value, str) and value == choice:
             return choice
     raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Return ``value`` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"Expected `{name}` to be a bool, but got {value!r}.")
+    return value

@@ -47,6 +47,8 @@ class StepRecord(NamedTuple):
         statistic: What was recorded and compared: the norm, or by value the root-mean-square entry, norm / √numel.
         threshold: The threshold of this step, in units of ``statistic``; ``inf`` while nothing is clipped.
         nonfinite_total: How many steps so far, this one included, had a NaN or an infinity in their gradient.
+        parameter_norms: L2 norm of each parameter's gradient before clipping, in the optimizer's order, 0 where there
+            is none, at the scale of the loss: floats, or a tensor of shape ``(n,)``. ``None`` where nobody measured it.
     """
 
     norm: Number
@@ -54,6 +56,7 @@ class StepRecord(NamedTuple):
     statistic: Number
     threshold: Number
     nonfinite_total: Number
+    parameter_norms: list[float] | Tensor | None = None
 
 
 class GradientClipper:
@@ -115,7 +118,8 @@ class GradientClipper:
         self.max_threshold = math.inf if max_threshold is None else check_positive("max_threshold", max_threshold)
         self.history = History(window)
         self.steps = 0
-        self.clipped_norm_every = 1  # steps; the callback needs it once per row
+        self.clipped_norm_every = 1  # steps, by value; the callback is content with a few per row
+        self._until_measured = 0
         self._nonfinite: Number = 0.0
         self._optimizer: weakref.ref[Any] | None = None
 
@@ -169,7 +173,7 @@ class GradientClipper:
             scale = None
         norms = gradients.norms()
         by_value = self.gradient_clip_algorithm == "value"
-        norm, numel = gradients.whole(norms, with_numel=by_value)
+        norm, numel, parameter_norms = gradients.whole(norms, with_numel=by_value)
         if scale is not None:
             scale = float(scale) if isinstance(norm, float) else torch.as_tensor(scale, device=norm.device)
             norm = _divided(norm, scale)
@@ -181,7 +185,7 @@ class GradientClipper:
         else:  # the factor is a ratio: the same at every loss scale
             gradients.clip_norm_(norm, threshold)
             clipped_norm = _smaller(norm, threshold)
-        record = StepRecord(norm, clipped_norm, statistic, threshold, self._nonfinite)
+        record = StepRecord(norm, clipped_norm, statistic, threshold, self._nonfinite, parameter_norms)
         if self.nonfinite == "raise":
             raise_if_nonfinite(norm, norms, gradients, grad_scaler)
         if self.nonfinite != "ignore":
@@ -220,10 +224,10 @@ class GradientClipper:
             self._nonfinite += not norm < math.inf
             if statistic > 0:
                 history.record(statistic)
-            norms, count = history.on_host()
+            limit, (norms, count) = single(self.max_threshold), history.on_host()
             if not count or self.steps <= self.warmup_steps:
-                return self.max_threshold
-            return min(single(self.policy.on_host(norms, count)), self.max_threshold)
+                return limit
+            return min(single(self.policy.on_host(norms, count)), limit)
         self._nonfinite = self._nonfinite + (norm < math.inf).logical_not().to(torch.float32)
         history.record(torch.where(statistic > 0, statistic, math.nan))
         if self.steps <= self.warmup_steps:
@@ -233,9 +237,12 @@ class GradientClipper:
 
     def _clipped_norm(self, norm: Number, scale: Number | None, gradients: Gradients) -> Number:
         """By value, the norm after clipping: one more read of the gradients, where it is asked for."""
-        if (self.steps - 1) % self.clipped_norm_every:
+        if self._until_measured > 0:
+            self._until_measured -= 1
             return math.nan if isinstance(norm, float) else torch.full_like(norm, math.nan)
-        clipped_norm, _ = gradients.whole(gradients.norms())
+        if isinstance(norm, Tensor) or norm < math.inf:  # else the next one
+            self._until_measured = self.clipped_norm_every - 1
+        clipped_norm, _, _ = gradients.whole(gradients.norms())
         return clipped_norm if scale is None else _divided(clipped_norm, scale)
 
     @property
@@ -257,6 +264,10 @@ class GradientClipper:
         self._optimizer = weakref.ref(optimizer)
         if steps_with_found_inf(optimizer):
             optimizer.register_step_post_hook(forget_found_inf)
+
+    def measure_next(self) -> None:
+        """Measure what clipping by value does at the next step, and from there on every so many steps again."""
+        self._until_measured = 0
 
     def release(self) -> None:
         """Forget the optimizer (not its record), so that the next :meth:`clip_` may be given another one."""
@@ -295,6 +306,8 @@ class GradientClipper:
 
 
 def _divided(number: Number, divisor: Number) -> Number:
+    if not isinstance(divisor, Tensor) and divisor == 0:  # no entries, or a loss scale that has vanished
+        return math.nan if isinstance(number, float) else torch.full_like(number, math.nan)
     quotient = number / divisor
     return quotient if isinstance(quotient, Tensor) else single(quotient)
 

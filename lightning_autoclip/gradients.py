@@ -41,12 +41,15 @@ class Gradients:
         tensors: Their gradients as real, dense, local tensors that share the gradients' memory (of a DTensor, its local
             shard; of a sparse gradient, its coalesced values; of a complex one, its real view).
         shards: What is held here of each; ``None`` where every process holds the whole gradient and nothing is summed.
+        positions: Where they stand among all parameters of the optimizer, ``count`` of them.
         device: Where the parameters are.
     """
 
     parameters: list[Tensor]
     tensors: list[Tensor]
     shards: list[Shard] | None
+    positions: list[int]
+    count: int
     device: torch.device
 
     @classmethod
@@ -59,8 +62,8 @@ class Gradients:
                 Of parameters that do not stand there every process is taken to hold the whole.
         """
         dtensor, sharded = _dtensor(), shards is not None
-        found, tensors, parameter = [], [], None
-        for parameter in parameters:
+        found, tensors, positions, parameter, position = [], [], [], None, -1
+        for position, parameter in enumerate(parameters):
             is_dtensor = dtensor is not None and isinstance(parameter, dtensor)
             sharded = sharded or is_dtensor
             gradient = parameter.grad
@@ -72,9 +75,10 @@ class Gradients:
                 gradient = _plain(parameter)
             found.append(parameter)
             tensors.append(gradient)
+            positions.append(position)
         held = [_shard(parameter, shards or {}) for parameter in found] if sharded else None
         one = tensors[0] if tensors else parameter
-        return cls(found, tensors, held, torch.device("cpu") if one is None else one.device)
+        return cls(found, tensors, held, positions, position + 1, torch.device("cpu") if one is None else one.device)
 
     def norms(self) -> list[float] | Tensor:
         """L2 norm of each of :attr:`tensors`.
@@ -104,7 +108,21 @@ class Gradients:
             for parameter, shard in zip(self.parameters, self.shards, strict=True)
         )
 
-    def whole(self, norms: list[float] | Tensor, with_numel: bool = False) -> tuple[Number, Number]:
+    def of_all(self, norms: list[float] | Tensor) -> list[float] | Tensor:
+        """The norms at the places of all parameters of the optimizer, 0 where there is no gradient: ``(count,)``."""
+        if len(self.positions) == self.count:
+            return norms
+        if isinstance(norms, Tensor):
+            places = _on_device(tuple(self.positions), torch.int64, norms.device)
+            return norms.new_zeros(self.count).index_copy(0, places, norms)
+        spread = [0.0] * self.count
+        for position, norm in zip(self.positions, norms, strict=True):
+            spread[position] = norm
+        return spread
+
+    def whole(
+        self, norms: list[float] | Tensor, with_numel: bool = False
+    ) -> tuple[Number, Number, list[float] | Tensor]:
         """L2 norm of all gradients of all processes, viewed as one vector, and the number of its entries.
 
         One collective where gradients are sharded, which every process must join; none elsewhere. Whether the norm is
@@ -115,28 +133,28 @@ class Gradients:
             with_numel: Whether the entries are counted; the number is 1 if not.
 
         Returns:
-            The norm (a float32, equal on every process) and the number of entries.
+            The norm (a float32, equal on every process), the number of entries, and the norm of each parameter's whole
+            gradient as :meth:`of_all` arranges them.
         """
         numel = self.numel() if with_numel else 1.0
         if self.shards is None:
-            if isinstance(norms, Tensor):
-                return torch.linalg.vector_norm(norms).to(torch.float32), numel
-            return single(math.hypot(*norms)), numel
+            whole = torch.linalg.vector_norm(norms) if isinstance(norms, Tensor) else single(math.hypot(*norms))
+            return whole.to(torch.float32) if isinstance(whole, Tensor) else whole, numel, self.of_all(norms)
         shares = tuple(shard.share for shard in self.shards)
         if isinstance(norms, Tensor):
-            square = (norms.square() * _on_device(shares, norms.dtype, norms.device)).sum()
-            sums = torch.stack((square, norms.new_full((), numel))).to(torch.float32)
+            squares = self.of_all(norms.square() * _on_device(shares, norms.dtype, norms.device))
+            sums = torch.cat((torch.as_tensor(squares), norms.new_full((1,), numel))).to(torch.float32)
         else:
-            square_here = sum(share * norm * norm for share, norm in zip(shares, norms, strict=True))
-            sums = torch.tensor((square_here, numel), dtype=torch.float64)
+            squares = self.of_all([share * norm * norm for share, norm in zip(shares, norms, strict=True)])
+            sums = torch.tensor([*squares, numel], dtype=torch.float64)
         if dist.get_backend() == "nccl":  # CPU offload: NCCL sums on GPUs only
             sums = sums.cuda()
         dist.all_reduce(sums)
         if isinstance(norms, Tensor):
-            square, numel_of_all = sums.to(self.device).unbind()
-            return square.sqrt(), numel_of_all
-        square_of_all, numel_of_all = sums.tolist()
-        return single(math.sqrt(square_of_all)), numel_of_all
+            squares, numel_of_all = sums[:-1].to(self.device), sums[-1].to(self.device)
+            return squares.sum().sqrt(), numel_of_all, squares.sqrt()
+        *squares, numel_of_all = sums.tolist()
+        return single(math.sqrt(math.fsum(squares))), numel_of_all, [math.sqrt(square) for square in squares]
 
     def clip_norm_(self, norm: Number, threshold: Number) -> None:
         """Multiply every gradient by ``threshold / norm`` in place if the norm is finite and above the threshold.
@@ -170,7 +188,7 @@ class Gradients:
                 for tensor in self.tensors:
                     tensor.clamp_(-bounds[tensor.dtype], bounds[tensor.dtype])
             return
-        limits = torch.where(norm < math.inf, threshold, math.inf)
+        limits = torch.where((norm < math.inf) & (threshold < math.inf), threshold, math.inf)
         for tensors, (low, high) in self._by_device(-limits, limits):
             for tensor in tensors:
                 tensor.clamp_(low, high)

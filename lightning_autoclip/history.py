@@ -326,7 +326,8 @@ class RunningPercentile(History):
         """Return the percentile: shape ``()``, float32, on the metric's device; NaN before the first value."""
         if _numbers.reads_are_free(self.count.device):
             ordered, count = self.on_host()
-            return torch.tensor(percentile_on_host(ordered, count, self.percentile) if count else math.nan)
+            percentile = percentile_on_host(ordered, count, self.percentile) if count else math.nan
+            return torch.tensor(percentile, dtype=torch.float32, device=self.count.device)
         size = self.size
         return torch.where(size > 0, percentile_of(self.ordered, size, self.percentile), math.nan)
 

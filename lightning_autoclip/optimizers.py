@@ -70,7 +70,7 @@ def raise_if_nonfinite(
         return
     if grad_scaler is not None and grad_scaler.is_enabled() and grad_scaler.get_scale() > 1:
         return
-    finite = torch.as_tensor(norms).isfinite().tolist()
+    finite = torch.as_tensor(norms, dtype=torch.float64).isfinite().tolist()
     bad = [parameter for parameter, is_finite in zip(gradients.parameters, finite, strict=True) if not is_finite]
     where = f"a NaN or an infinity in the gradient of {len(bad)} of {len(finite)} parameters"
     if not bad:
