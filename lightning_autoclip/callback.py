@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,11 +12,15 @@ from torch import Tensor, tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
+from lightning_autoclip._checks import check_bool, check_integer, check_number
 from lightning_autoclip.clipper import Algorithm, GradientClipper, NonFinite, StepRecord
 from lightning_autoclip.gradients import Shard
-from lightning_autoclip.optimizers import NonFiniteGradientError
+from lightning_autoclip.optimizers import NonFiniteGradientError, parameters_of
+from lightning_autoclip.plot import plot_of
 from lightning_autoclip.policies import Percentile, Policy
-from lightning_autoclip.recorder import Recorder
+from lightning_autoclip.recorded import STATE_KEY
+from lightning_autoclip.recorder import Recorder, Where
+from lightning_autoclip.report import Report, report_of
 from lightning_autoclip.strategies import (
     ZeroEngine,
     check_precision,
@@ -25,8 +29,14 @@ from lightning_autoclip.strategies import (
     gradient_shards,
     zero_engine,
 )
-from lightning_autoclip.wandb import describe_run, finite_part, is_wandb
+from lightning_autoclip.tables import log_spikes
+from lightning_autoclip.trace import Point, Trace
+from lightning_autoclip.wandb import alert, describe_run, finite_part, is_wandb, log_histogram, summarise_run
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LAYER_DEPTH = 2  # of `log_layers=True`
 _ROWS_WITHOUT_LOGGING = 1024  # steps between two summaries with `Trainer(log_every_n_steps=0)`
 
 
@@ -47,6 +57,12 @@ class GradientClipping(Callback):
         nonfinite: What happens to a step whose gradient holds a NaN or an infinity: ``"skip"``, ``"raise"`` or
             ``"ignore"``; see `GradientClipper`.
         log_every_step: Also log the exact series ``autoclip/step/grad_norm`` and ``autoclip/step/threshold``.
+        log_layers: Also log each module's mean share in the squared norm, from 0 to 1, under ``autoclip_layers/``: of
+            modules two names deep, or as many as the number says.
+        log_histogram: Also log a histogram of the norms per row, to Weights & Biases.
+        alert_above: Send a W&B alert, at most every 10 minutes, when a norm is so many times the threshold, at least 1,
+            or, without a loss scaler, not finite. By default none is sent.
+        verbose: Print a short report at the end of fit.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -65,11 +81,20 @@ class GradientClipping(Callback):
         max_threshold: float | None = None,
         nonfinite: NonFinite = "skip",
         log_every_step: bool = False,
+        log_layers: bool | int = False,
+        log_histogram: bool = False,
+        alert_above: float | None = None,
+        verbose: bool = True,
     ) -> None:
-        if not isinstance(log_every_step, bool):
-            raise TypeError(f"Expected `log_every_step` to be a bool, but got {log_every_step!r}.")
         self.policy = policy
-        self.log_every_step = log_every_step
+        self.log_every_step = check_bool("log_every_step", log_every_step)
+        depth = int(log_layers) * _LAYER_DEPTH if isinstance(log_layers, bool) else log_layers
+        self.layer_depth = check_integer("log_layers", depth, "a bool, or a number of names of at least 0", 0)
+        self.log_histogram = check_bool("log_histogram", log_histogram)
+        self.alert_above = None
+        if alert_above is not None:
+            self.alert_above = check_number("alert_above", alert_above, "a number of at least 1, or `None`", 1)
+        self.verbose = check_bool("verbose", verbose)
         self._arguments = GradientClipper(  # refuses bad arguments now rather than at the start of fit
             policy,
             gradient_clip_algorithm=gradient_clip_algorithm,
@@ -79,8 +104,11 @@ class GradientClipping(Callback):
             nonfinite=nonfinite,
         ).arguments
         self.clippers: list[GradientClipper] = []  # one per optimizer
+        self.traces: dict[str, Trace] = {}  # likewise, by the prefix of its keys
+        self._has_scaler = False
         self._recorders: list[Recorder] = []
         self._steps_seen: list[int | None] = []  # per optimizer: `global_step` when the hook ran last
+        self._first_batch: list[int | None] = []  # per optimizer: of the accumulation window
         self._stage: str | None = None
         self._batch_idx: int | None = None
         self._backward_ran = False
@@ -93,7 +121,7 @@ class GradientClipping(Callback):
     @property
     def state_key(self) -> str:
         """The key of the state in a checkpoint: one for all settings, so that a changed one is noticed at a resume."""
-        return "GradientClipping"
+        return STATE_KEY
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -139,7 +167,7 @@ class GradientClipping(Callback):
         check_strategy(trainer.strategy, self._arguments["gradient_clip_algorithm"])
         check_precision(trainer.precision_plugin)
         if self._trained and trainer.global_step == 0:  # fitting on with the same Trainer keeps the record
-            self.clippers = []
+            self.clippers, self.traces = [], {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give each optimizer its clipper, or check that the restored ones fit."""
@@ -157,13 +185,14 @@ class GradientClipping(Callback):
                 f" {len(optimizers)}. Resume with the optimizers that the run was started with."
             )
         self._shards = gradient_shards(trainer)
+        self._has_scaler = grad_scaler(trainer) is not None
         self._engine = zero_engine(trainer, skips=self._arguments["nonfinite"] == "skip")
-        by_value = self._arguments["gradient_clip_algorithm"] == "value"
-        self._recorders = [Recorder(prefix, by_value, self.log_every_step) for prefix in _prefixes(optimizers)]
-        self._steps_seen, self._batch_idx, self._trained = [None] * len(optimizers), None, True
+        self._recorders = self._new_recorders(optimizers, pl_module)
+        self._steps_seen, self._first_batch = [None] * len(optimizers), [None] * len(optimizers)
+        self._batch_idx, self._trained = None, True
         for clipper in self.clippers:
             clipper.release()  # a second fit has new optimizers
-            clipper.clipped_norm_every = min(max(_log_every(trainer) // 5, 1), 10)  # five times per row, for its mean
+            clipper.clipped_norm_every = min(max((_log_every(trainer) or 50) // 5, 1), 10)  # five times per row
         self._told, self._has_told = sum(clipper.nonfinite_total for clipper in self.clippers), False
         if trainer.is_global_zero and _log_every(trainer):
             keys = [key for recorder in self._recorders for key in recorder.keys]
@@ -175,6 +204,7 @@ class GradientClipping(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the batch, for error messages and for steps without a backward pass."""
         self._batch_idx, self._backward_ran = batch_idx, False
+        self._first_batch = [batch_idx if first is None else first for first in self._first_batch]
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that this batch has computed gradients."""
@@ -202,7 +232,15 @@ class GradientClipping(Callback):
         except NonFiniteGradientError as error:
             raise self._located(error, trainer, pl_module) from None
         if record is not None:
-            self._recorders[index].add(record, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            last, first = self._batch_idx or 0, self._first_batch[index]
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped
+            where = Where(step, trainer.current_epoch, last if first is None else first, last)
+            trace, norms = self._recorders[index].trace, record.parameter_norms
+            if norms is not None and len(norms) != len(trace.names):  # parameters have joined
+                self._flush(trainer)
+                self._name_parameters(trace, optimizer, pl_module)
+            self._recorders[index].add(record, where)
+        self._first_batch[index] = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -224,9 +262,13 @@ class GradientClipping(Callback):
     # --- end of fit and checkpoints -----------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what is left; warn of optimizers that stepped past the callback."""
+        """Log what is left and what it amounts to; warn of optimizers that stepped past the callback."""
         self._flush(trainer)
         self._tell_of_nonfinite(trainer)
+        self._conclude(trainer)
+        quick = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+        if self.verbose and trainer.is_global_zero and not quick:
+            print(f"\n{self.report()}")  # below the progress bar
         if self._engine is not None:
             self._engine.release()
         for optimizer, seen in zip(trainer.optimizers, self._steps_seen, strict=True):
@@ -241,6 +283,7 @@ class GradientClipping(Callback):
         """Log what is left before the run ends."""
         try:
             self._flush(trainer)
+            self._conclude(trainer)
         except Exception as error:  # the device or the disk may be what failed: the first exception is the one to show
             rank_zero_warn(f"`{type(self).__name__}` could not log its last rows: {error}")
 
@@ -254,7 +297,7 @@ class GradientClipping(Callback):
         """Warn of a checkpoint that was written without this callback."""
         began = checkpoint["global_step"] > 0  # the learning rate finder's checkpoint is of step 0
         if self._stage == "fit" and began and not checkpoint["callbacks"].get(self.state_key):
-            self.clippers = []
+            self.clippers, self.traces = [], {}
             rank_zero_warn(
                 f"The checkpoint was written without `{type(self).__name__}`, so the record of gradient norms starts"
                 " empty: the first thresholds come from few steps. Use `warmup_steps` to observe first."
@@ -264,7 +307,14 @@ class GradientClipping(Callback):
         """The record of each optimizer, and the settings that it was made with."""
         if not self.clippers:
             return {}
-        return {"settings": self.settings, "optimizers": [clipper.state_dict() for clipper in self.clippers]}
+        for recorder in self._recorders:
+            recorder.summarise()  # Lightning asks before `on_save_checkpoint`
+        return {
+            "settings": self.settings,
+            "optimizers": [clipper.state_dict() for clipper in self.clippers],
+            "has_scaler": self._has_scaler,
+            "traces": {prefix: trace.state_dict() for prefix, trace in self.traces.items()},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the records.
@@ -286,12 +336,14 @@ class GradientClipping(Callback):
                 clipper.load_state_dict(state)
             if not clippers:
                 raise KeyError("optimizers")
+            traces = {prefix: Trace.from_state(state) for prefix, state in state_dict["traces"].items()}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"The checkpoint's state of `{self.state_key}` is damaged or not of this callback ({error!r}). Resume"
                 " from another checkpoint, or delete that entry to start with an empty record."
             ) from error
-        self.clippers, self._trained = clippers, self._stage == "fit"  # by hand, it is for the fit to come
+        self.clippers, self.traces, self._has_scaler = clippers, traces, bool(state_dict["has_scaler"])
+        self._trained = self._stage == "fit"  # by hand, it is for the fit to come
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the stage that :meth:`setup` entered."""
@@ -301,6 +353,34 @@ class GradientClipping(Callback):
         # Lightning hangs the module's `log` on every callback, and with it the whole model.
         kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
         return {**kept, "_shards": None, "_engine": None}  # of this process
+
+    # --- afterwards ---------------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """What clipping did so far, and what it may hide: print it, or see `Report`.
+
+        Steps since the last logged row, validation or end of epoch are left out while a fit is going on.
+        """
+        return report_of(self.traces, self.settings, self._has_scaler)
+
+    def spikes(self) -> list[dict[str, Any]]:
+        """The first steps that were not finite, then those with the largest norms of the run, largest first.
+
+        Returns:
+            At most 20 of each, for every optimizer: ``optimizer`` (the prefix of its keys), ``step`` (of the loggers),
+            ``epoch``, ``batches``, ``norm``, ``times`` (in units of the typical norm up to there), ``threshold``,
+            ``clip_coef`` and ``parameters`` (those with the largest shares of the squared norm, or those that were
+            not finite).
+        """
+        return [
+            {"optimizer": prefix.strip("/"), **spike.to_dict()}
+            for prefix, trace in self.traces.items()
+            for spike in [*trace.nonfinite, *trace.largest]
+        ]
+
+    def plot(self) -> Figure:
+        """Norms on a log scale, thresholds, clipped and non-finite steps, the largest norms: needs matplotlib."""
+        return plot_of(self.traces, self.settings)
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
@@ -327,16 +407,54 @@ class GradientClipping(Callback):
             now = ", ".join(f"{key}={value!r}" for key, value in changed.items())
             rank_zero_warn(f"The checkpoint was written with {was}; this run goes on with {now} on the same record.")
 
+    def _new_recorders(self, optimizers: list[Optimizer], pl_module: LightningModule) -> list[Recorder]:
+        """One per optimizer, whose trace goes on where it was."""
+        by_value = self._arguments["gradient_clip_algorithm"] == "value"
+        self.traces = {prefix: self.traces.get(prefix, Trace()) for prefix in _prefixes(optimizers)}
+        for trace, optimizer in zip(self.traces.values(), optimizers, strict=True):
+            self._name_parameters(trace, optimizer, pl_module)
+        return [
+            Recorder(prefix, by_value, self.log_every_step, self.layer_depth, trace)
+            for prefix, trace in self.traces.items()
+        ]
+
+    def _name_parameters(self, trace: Trace, optimizer: Optimizer, pl_module: LightningModule) -> None:
+        names = {id(parameter): _clean(name) for name, parameter in pl_module.named_parameters()}
+        parameters = list(parameters_of(optimizer))
+        known = [names.get(id(parameter), f"parameter {i}") for i, parameter in enumerate(parameters)]
+        # What FSDP1 leaves in a parameter is a part of it, of a size that says nothing.
+        trace.follow(known, [0 if self._shards else parameter.numel() for parameter in parameters])
+
     def _flush(self, trainer: Trainer) -> None:
-        """Send the rows that are held to every logger."""
-        rows = [row for recorder in self._recorders for row in recorder.flush()]
-        for logger in trainer.loggers if rows and trainer.is_global_zero and _log_every(trainer) else ():
-            for step, row in rows:
-                logger.log_metrics(finite_part(row) if is_wandb(logger) else row, step=step)
-            logger.save()
+        """Send what is held to every logger."""
+        for clipper, recorder in zip(self.clippers, self._recorders, strict=False):
+            flush = recorder.flush()
+            clipper.measure_next()  # each row knows what clipping did
+            for logger in trainer.loggers if flush.rows and trainer.is_global_zero and _log_every(trainer) else ():
+                for step, row in flush.rows:
+                    logger.log_metrics(finite_part(row) if is_wandb(logger) else row, step=step)
+                if is_wandb(logger):
+                    self._tell_wandb(logger, recorder.prefix, flush.points)
+                logger.save()
         self._show(trainer)
         if not self._has_told:
             self._tell_of_nonfinite(trainer)
+
+    def _conclude(self, trainer: Trainer) -> None:
+        """Log the spike table, and to W&B the report's verdicts."""
+        for logger in trainer.loggers if trainer.is_global_zero and _log_every(trainer) else ():
+            try:
+                log_spikes(logger, self.spikes(), trainer.fit_loop.epoch_loop._batches_that_stepped)
+                if is_wandb(logger) and self.traces:
+                    summarise_run(logger, self.report().summary)
+            except Exception as error:  # a server that fails now must not fail a training that is done
+                rank_zero_warn(f"`{type(self).__name__}` could not log its spike table: {error}")
+
+    def _tell_wandb(self, logger: Any, prefix: str, points: list[Point]) -> None:
+        if self.log_histogram:
+            log_histogram(logger, f"{prefix}grad_norm_histogram", points)
+        if self.alert_above is not None:
+            alert(logger, prefix, points, self.alert_above, nonfinite=not self._has_scaler)
 
     def _tell_of_nonfinite(self, trainer: Trainer) -> None:
         """Warn of non-finite gradients: when the first one is logged, and of further ones at the end of fit."""
@@ -363,7 +481,7 @@ class GradientClipping(Callback):
         self, error: NonFiniteGradientError, trainer: Trainer, pl_module: LightningModule
     ) -> NonFiniteGradientError:
         """The error with what only the Trainer knows: step, batch and the parameters' names."""
-        names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+        names = {id(parameter): _clean(name) for name, parameter in pl_module.named_parameters()}
         bad = ", ".join(names.get(id(parameter), "(not in the model)") for parameter in error.parameters)
         which = f" They are: {bad}." if bad else ""  # an engine does not tell
         where = f"At optimizer step {trainer.global_step} (epoch {trainer.current_epoch}, batch {self._batch_idx}):"
@@ -388,7 +506,11 @@ class AutoClip(GradientClipping):
         warmup_steps: The first so many steps are recorded, not clipped.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
         nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``; see `GradientClipper`.
-        log_every_step: Also log the exact series ``autoclip/step/grad_norm`` and ``autoclip/step/threshold``.
+        log_every_step: As the following, see `GradientClipping`.
+        log_layers: What is logged of the layers.
+        log_histogram: What else is logged to Weights & Biases.
+        alert_above: When to send a W&B alert.
+        verbose: Whether a short report is printed at the end of fit.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -415,6 +537,10 @@ class AutoClip(GradientClipping):
         max_threshold: float | None = None,
         nonfinite: NonFinite = "skip",
         log_every_step: bool = False,
+        log_layers: bool | int = False,
+        log_histogram: bool = False,
+        alert_above: float | None = None,
+        verbose: bool = True,
     ) -> None:
         if multiplier is None:
             multiplier = 3.0 if gradient_clip_algorithm == "value" else 1.0
@@ -426,6 +552,10 @@ class AutoClip(GradientClipping):
             max_threshold=max_threshold,
             nonfinite=nonfinite,
             log_every_step=log_every_step,
+            log_layers=log_layers,
+            log_histogram=log_histogram,
+            alert_above=alert_above,
+            verbose=verbose,
         )
 
 
@@ -444,3 +574,9 @@ def _prefixes(optimizers: list[Optimizer]) -> list[str]:
         same = sum(other == name or other.startswith(f"{name}-") for other in names)
         names.append(f"{name}-{same}" if same else name)
     return [f"autoclip/{name}/" for name in names]
+
+
+def _clean(name: str) -> str:
+    """A parameter's name as the user wrote it: without what wrappers (compile, FSDP, checkpointing) put in between."""
+    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    return ".".join(part for part in name.split(".") if part not in wrappers)

@@ -12,8 +12,10 @@ import pytest
 import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
-WITHOUT_LIGHTNING = ["_checks", "_numbers", "history", "policies", "gradients", "optimizers", "clipper"]
-ROOMS = [*WITHOUT_LIGHTNING, "strategies", "recorder", "wandb", "callback", "__init__"]
+_ARITHMETIC = ["_checks", "_numbers", "history", "policies", "gradients", "optimizers", "clipper"]
+_LOOKING_BACK = ["trace", "report", "plot", "recorded", "suggest", "__main__"]
+WITHOUT_LIGHTNING = [*_ARITHMETIC, *_LOOKING_BACK]
+ROOMS = [*WITHOUT_LIGHTNING, "strategies", "recorder", "wandb", "workspace", "tables", "callback", "__init__"]
 
 
 def imports(room: str) -> set[str]:

@@ -27,7 +27,7 @@ from torch.optim import SGD, Adam, Optimizer
 from wandb_reader import read_runs
 
 from lightning_autoclip import AutoClip, StepRecord
-from lightning_autoclip.recorder import Recorder
+from lightning_autoclip.recorder import Recorder, Where
 
 Row = dict[str, float]
 
@@ -202,6 +202,26 @@ def test_each_row_sums_up_its_window_and_stands_where_lightning_logs(
         assert float(run.callback_metrics[f"autoclip/{key}"]) == pytest.approx(points[23], rel=1e-4), key
 
 
+@pytest.mark.parametrize("save_every", [None, 3, 7, 13])
+def test_by_value_every_row_knows_what_clipping_did(tmp_path: Path, save_every: int | None) -> None:
+    """However rows are cut short, by checkpoints or by the end of an epoch: a NaN would stop `EarlyStopping`."""
+    save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=save_every)
+    stop = EarlyStopping("autoclip/clip_coef_mean", mode="max", patience=100, check_on_train_epoch_end=True)
+    options = {"gradient_clip_algorithm": "value", "max_epochs": 6, "steps": 8, "enable_checkpointing": True}
+    run = fit(Noting(), LOGGERS["csv"](tmp_path), save, stop, log_every_n_steps=50, bad={}, **options)
+    assert run.global_step == 48
+    ours = [row for row in rows(tmp_path) if "autoclip/grad_norm" in row]
+    assert len(ours) >= 4
+    assert all(math.isfinite(row["autoclip/clip_coef_mean"]) for row in ours)
+
+
+@pytest.mark.parametrize(("every", "measured"), [(1, 1), (5, 1), (20, 4), (50, 10), (500, 10), (0, 10)])
+def test_by_value_what_clipping_did_is_measured_five_times_per_row(every: int, measured: int) -> None:
+    run = fit(Noting(), gradient_clip_algorithm="value", log_every_n_steps=every)
+    autoclip = next(callback for callback in run.callbacks if isinstance(callback, AutoClip))
+    assert autoclip.clippers[0].clipped_norm_every == measured
+
+
 def test_a_spike_between_two_rows_is_not_lost(tmp_path: Path) -> None:
     model = Noting()
     fit(model, LOGGERS["csv"](tmp_path), steps=7, log_every_n_steps=7, bad={4: 1000.0})
@@ -361,7 +381,7 @@ def test_each_of_several_optimizers_has_rows_of_its_own(
     for prefix, norms in zip(prefixes, model.norms, strict=True):
         check_steps(written, prefix, norms)
         check_windows(written, prefix, figures(norms, [4, 9, 14, 15]))
-    assert all(key.startswith(prefixes) for row in written for key in row if "autoclip" in key)
+    assert all(key.startswith((*prefixes, "autoclip/spikes")) for row in written for key in row if "autoclip" in key)
 
 
 @pytest.mark.parametrize("prefix", ["", "trial"])
@@ -372,7 +392,7 @@ def test_wandb_knows_each_metric_by_name_and_the_settings(tmp_path: Path, prefix
     fit(Noting(), LOGGERS["wandb"](tmp_path, prefix=prefix), log_every_step=True, bad={})
     wandb.finish()
     (run,), name = read_runs(tmp_path), f"{prefix}-autoclip/".lstrip("-")
-    logged = {key for row in run.history for key in row if "autoclip" in key}
+    logged = {key for row in run.history for key in row if "autoclip" in key and "/spikes" not in key}
     assert logged == {name + key for key in [*KEYS, "step/grad_norm", "step/threshold"]}
     assert logged == {metric.name for metric in run.metrics if "autoclip" in metric.name}
     assert not any("autoclip" in metric.glob_name for metric in run.metrics)
@@ -396,14 +416,16 @@ def test_few_records_wait_on_the_device_however_far_apart_the_rows_are() -> None
     recorder, before, most = Recorder("autoclip/"), waiting(), 0
     for step in range(2500):
         norm, threshold = torch.tensor(float(step)), torch.tensor(999.5)
-        recorder.add(StepRecord(norm, norm.minimum(threshold), norm, threshold, torch.tensor(0.0)), step)
+        recorder.add(
+            StepRecord(norm, norm.minimum(threshold), norm, threshold, torch.tensor(0.0)), Where(step, 0, step, step)
+        )
         assert recorder.is_due(2500) == (step == 2499)
         most = max(most, waiting() - before) if step in (1000, 1022, 1500, 2046, 2499) else most
     assert 1000 < most <= 1024
-    ((step, row),) = recorder.flush()
+    ((step, row),) = recorder.flush().rows
     assert (step, row["autoclip/grad_norm_max_step"], row["autoclip/clipped_fraction"]) == (2499, 2499, 0.6)
     assert row["autoclip/grad_norm_mean"] == 1249.5
-    assert not recorder.flush()
+    assert not recorder.flush().rows
 
 
 class FilePerRank(Logger):

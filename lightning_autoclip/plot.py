@@ -1,0 +1,83 @@
+"""The picture of a run: norms, thresholds, what was clipped, the largest norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_autoclip.trace import Spike, Trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_LABELLED = 3  # spikes
+_NORM, _THRESHOLD, _CLIPPED, _BAD = "#4878a8", "#c44e52", "#dd8452", "#7f3fbf"
+
+
+def plot_of(traces: Mapping[str, Trace], settings: Mapping[str, Any]) -> Figure:
+    """Draw a run: for each optimizer the norms with their threshold, and below what clipping did.
+
+    Args:
+        traces: Per optimizer, what happened, by the prefix of its keys.
+        settings: The callback's arguments as it saves them.
+
+    Raises:
+        ValueError: There is no step to draw.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = {prefix: trace for prefix, trace in traces.items() if trace.bins}
+    if not drawn:
+        raise ValueError("Expected a run with at least one optimizer step to plot, but none was recorded here.")
+    by_value = settings["gradient_clip_algorithm"] == "value"
+    figure = Figure(figsize=(8, 4.2 * len(drawn)), layout="constrained")
+    grid = figure.subplots(2 * len(drawn), 1, sharex=True, squeeze=False, height_ratios=[3, 1] * len(drawn))
+    for (prefix, trace), (upper,), (lower,) in zip(drawn.items(), grid[::2], grid[1::2], strict=True):
+        _draw_norms(upper, trace, by_value)
+        _draw_clipping(lower, trace)
+        if len(drawn) > 1:
+            upper.set_title(prefix.strip("/"), loc="left", fontsize=10)
+    grid[-1][0].set_xlabel("step")
+    return figure
+
+
+def _draw_norms(axes: Axes, trace: Trace, by_value: bool) -> None:
+    bins = [one for one in trace.bins if one.norms]
+    steps = [(one.first + one.last) / 2 for one in bins]
+    if any(one.norms > 1 for one in bins):
+        low, high = [one.smallest for one in bins], [one.largest for one in bins]
+        axes.fill_between(steps, low, high, color=_NORM, alpha=0.25, lw=0, label="smallest to largest")
+    typical = [math.exp(one.logs / one.norms) for one in bins]
+    axes.plot(steps, typical, color=_NORM, lw=0.8, label="root-mean-square entry" if by_value else "gradient norm")
+    axes.plot(steps, [one.threshold for one in bins], color=_THRESHOLD, lw=1.4, label="threshold")
+    for spike in [] if by_value else _apart(trace.largest, bins[-1].last - bins[0].first if bins else 0.0):
+        batch = f"step {spike.step}\nbatch {spike.last_batch}"
+        axes.plot(spike.step, spike.norm, "o", ms=4, mfc="none", color="black")
+        axes.annotate(batch, (spike.step, spike.norm), (5, -3), textcoords="offset points", va="top", fontsize=7)
+    axes.set_yscale("log")
+    axes.set_ylabel("root-mean-square entry" if by_value else "gradient norm")
+    axes.grid(alpha=0.2)
+    axes.legend(fontsize=8, loc="best", frameon=False)
+
+
+def _draw_clipping(axes: Axes, trace: Trace) -> None:
+    bins = [one for one in trace.bins if one.measured]
+    steps = [(one.first + one.last) / 2 for one in bins]
+    axes.plot(steps, [one.coefs / one.measured for one in bins], ".", ms=2, color=_CLIPPED)
+    bad = [one.last for one in trace.bins if one.nonfinite]
+    if bad:
+        axes.plot(bad, [0.0] * len(bad), "x", ms=6, color=_BAD, label=f"not finite ({len(bad)})", clip_on=False)
+        axes.legend(fontsize=8, loc="lower right", frameon=False)
+    axes.set(ylim=(0, 1.05), ylabel="factor on\nthe step")
+    axes.grid(alpha=0.2)
+
+
+def _apart(spikes: Sequence[Spike], run: float) -> list[Spike]:
+    """The largest ones whose labels do not cover each other."""
+    chosen: list[Spike] = []
+    for spike in spikes:
+        if len(chosen) < _LABELLED and all(abs(spike.step - other.step) > 0.12 * run for other in chosen):
+            chosen.append(spike)
+    return chosen

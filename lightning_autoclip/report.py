@@ -1,0 +1,344 @@
+"""The health report: what clipping did in a run, and what it may hide, in words that a user can act on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightning_autoclip.trace import Bin, Spike, Trace, by_module, typical_norm
+
+# Each threshold is argued in docs/monitoring.md.
+LEAST_STEPS = 50  # fewer tell nothing of a trend
+RISEN = 10.0  # times, from the first steps to the largest tenth of the run
+RISING = 5.0  # likewise, where clipping is also far more frequent than it should be
+FALLEN = 1000.0  # times, from the first tenth of the steps to the last
+SPIKE = 30.0  # times the typical norm
+DOMINATES = 0.9  # share of the squared norm ...
+SMALL_PART = 0.5  # ... in so little of the entries
+STARVED = 1e-3  # root-mean-square entry of a weight's gradient, in those of the whole
+LOW_COEF = 0.1  # mean factor on the step
+OVERFLOWS = 0.01  # of the steps, with a loss scaler
+_START = 5  # bins (of one step each in a short run): the first steps
+_LAYERS = 99  # names deep: each layer by itself
+_TOO_FEW = "too few steps to tell"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Something that clipping may hide.
+
+    Attributes:
+        name: What it is, in a few words.
+        evidence: The figures that show it.
+        advice: What to look at or to change.
+    """
+
+    name: str
+    evidence: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.evidence} {self.advice}"
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What clipping did to one optimizer's steps.
+
+    Attributes:
+        steps: Number of optimizer steps.
+        nonfinite: How many had a NaN or an infinity in their gradient.
+        clipped_fraction: Share of the steps that clipping changed, of those at which that is known; NaN if none.
+        expected_fraction: What the percentile alone would lead to expect; NaN for other policies.
+        clip_coef_mean: Mean factor on the step, from 0 to 1.
+        clip_coef_min: The smallest.
+        norm_first: Typical (geometric mean) norm of the first tenth of the steps; by value, of the root-mean-square
+            entry, as all norms here.
+        norm_typical: Of all steps.
+        norm_last: Of the last tenth.
+        norm_max: The largest.
+        threshold: The last one.
+        modules: Mean share of each module in the squared norm, two names deep, largest first.
+    """
+
+    steps: int
+    nonfinite: int
+    clipped_fraction: float
+    expected_fraction: float
+    clip_coef_mean: float
+    clip_coef_min: float
+    norm_first: float
+    norm_typical: float
+    norm_last: float
+    norm_max: float
+    threshold: float
+    modules: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Section:
+    """The report of one optimizer: its figures and what they may mean."""
+
+    name: str
+    figures: Figures
+    verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What clipping did in a run, per optimizer, and what it may hide. Print it, or take it apart.
+
+    Attributes:
+        sections: One per optimizer.
+    """
+
+    sections: tuple[Section, ...]
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """Those of all optimizers."""
+        return tuple(verdict for section in self.sections for verdict in section.verdicts)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing was found."""
+        return not self.verdicts
+
+    @property
+    def summary(self) -> str:
+        """The verdicts' names, or ``"healthy"``, or that there is too little to tell."""
+        names = dict.fromkeys(verdict.name for verdict in self.verdicts)
+        enough = any(section.figures.steps >= LEAST_STEPS for section in self.sections)
+        return "; ".join(names) or ("healthy" if enough else _TOO_FEW)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and finite numbers, fit for JSON; ``None`` for what is not known or infinite."""
+        plain: dict[str, Any] = _plain({"healthy": self.healthy, "sections": [asdict(one) for one in self.sections]})
+        return plain
+
+    def to_markdown(self) -> str:
+        """A heading, a table and the verdicts of each optimizer."""
+        return "\n".join(line for section in self.sections for line in _markdown(section)) or "No step was seen."
+
+    def __str__(self) -> str:
+        return "\n".join(line for section in self.sections for line in _lines(section)) or "No step was seen."
+
+
+def report_of(traces: Mapping[str, Trace], settings: Mapping[str, Any], has_scaler: bool = False) -> Report:
+    """The report of a run.
+
+    Args:
+        traces: Per optimizer, what happened, by the prefix of its keys.
+        settings: The callback's arguments as it saves them.
+        has_scaler: Whether a loss scaler was at work, which finds its scale by overflows.
+    """
+    sections = []
+    for prefix, trace in traces.items():
+        if trace.bins:
+            figures = _figures(trace, settings)
+            sections.append(Section(prefix.strip("/"), figures, tuple(_verdicts(trace, figures, has_scaler))))
+    return Report(tuple(sections))
+
+
+def _figures(trace: Trace, settings: Mapping[str, Any]) -> Figures:
+    bins = trace.bins
+    steps, measured = sum(one.steps for one in bins), sum(one.measured for one in bins)
+    policy = settings["policy"]
+    plain = policy["name"] == "Percentile" and policy["multiplier"] == 1 and settings["max_threshold"] is None
+    by_norm = settings["gradient_clip_algorithm"] == "norm"
+    thresholds = [one.threshold for one in bins if not math.isnan(one.threshold)]
+    modules = by_module(trace.shares, depth=2)
+    return Figures(
+        steps=int(steps),
+        nonfinite=int(sum(one.nonfinite for one in bins)),
+        clipped_fraction=sum(one.clipped for one in bins) / measured if measured else math.nan,
+        expected_fraction=1 - policy["percentile"] / 100 if plain and by_norm else math.nan,
+        clip_coef_mean=sum(one.coefs for one in bins) / measured if measured else math.nan,
+        clip_coef_min=min(one.coef_min for one in bins),
+        norm_first=typical_norm(_part(bins, 0.0, 0.1)),
+        norm_typical=typical_norm(bins),
+        norm_last=typical_norm(_part(bins, 0.9, 1.0)),
+        norm_max=max(one.largest for one in bins),
+        threshold=thresholds[-1] if thresholds else math.inf,
+        modules=dict(sorted(modules.items(), key=lambda item: -item[1])),
+    )
+
+
+def _part(bins: list[Bin], start: float, end: float) -> list[Bin]:
+    """The bins between two fractions of the run, at least one."""
+    first = min(int(start * len(bins)), len(bins) - 1)
+    return bins[first : max(first + 1, math.ceil(end * len(bins)))]
+
+
+def _verdicts(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
+    yield from _of_nonfinite(trace, figures, has_scaler)
+    if figures.steps < LEAST_STEPS:
+        return
+    yield from _of_growth(trace, figures)
+    yield from _of_decline(trace, figures)
+    yield from _of_spikes(trace, figures)
+    yield from _of_clipping(figures)
+    yield from _of_layers(trace)
+
+
+def _of_nonfinite(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
+    if figures.nonfinite > (max(20, OVERFLOWS * figures.steps) if has_scaler else 0):
+        first = trace.nonfinite[0]
+        where = ", ".join(name for name, _ in first.parameters)
+        yield Verdict(
+            "non-finite gradients",
+            f"{figures.nonfinite} of {figures.steps} steps had a NaN or an infinity in their gradient, first at"
+            f" {_where(first)}" + (f" in {where}." if where else "."),
+            "Look at that batch, at what divides, takes a root or a logarithm there, and, if norms grew before it, at"
+            ' the learning rate; `nonfinite="raise"` stops at such a step.',
+        )
+
+
+def _of_growth(trace: Trace, figures: Figures) -> Iterator[Verdict]:
+    tenths = [typical_norm(_part(trace.bins, i / 10, (i + 1) / 10)) for i in range(10)]
+    start, peak = typical_norm(trace.bins[:_START]), max((one for one in tenths if one > 0), default=math.nan)
+    rise = peak / start
+    if rise > RISEN:  # a learning rate that is too high shows within a few steps, and clipping may tame it later
+        yield Verdict(
+            "growing norms",
+            f"the typical norm rose from {start:.3g} in the first steps to {peak:.3g} ({rise:.3g} times).",
+            "Clipping holds a training together that is coming apart: lower the learning rate or warm it up, and look"
+            " at the initialisation, at missing normalisation and at a loss without a floor.",
+        )
+    # One third of the way from what is to be expected to every step.
+    expected = figures.expected_fraction
+    if rise > RISING and figures.clipped_fraction > (1 + 2 * expected) / 3:
+        yield Verdict(
+            "clipped far more often than the percentile implies",
+            f"{figures.clipped_fraction:.1%} of the steps were clipped, where {expected:.0%} are to be expected.",
+            "Norms keep growing past their own record: look at the learning rate and the initialisation.",
+        )
+
+
+def _of_decline(trace: Trace, figures: Figures) -> Iterator[Verdict]:
+    last = _part(trace.bins, 0.9, 1.0)
+    only_zeros = any(one.zero for one in last) and not any(one.norms for one in last)
+    if only_zeros or figures.norm_last < figures.norm_first / FALLEN:
+        yield Verdict(
+            "vanishing norms",
+            "in the last tenth of the run every gradient was exactly zero."
+            if only_zeros
+            else f"the typical norm went from {figures.norm_first:.3g} in the first tenth of the run to"
+            f" {figures.norm_last:.3g} in the last.",
+            "Nothing is being learned any more: look for saturated activations, dead units or a loss that is solved.",
+        )
+
+
+def _of_spikes(trace: Trace, figures: Figures) -> Iterator[Verdict]:
+    start = _part(trace.bins, 0.0, 0.1)[-1].last  # the first steps of a training are large
+    # A training that is nearly solved has a typical norm of almost nothing: one hard sample exceeds it by far.
+    large = [one for one in trace.bins if one.first > start and one.largest > figures.norm_first]
+    late = [
+        spike
+        for spike in trace.largest
+        if spike.times > SPIKE and any(one.first <= spike.step <= one.last for one in large)
+    ]
+    if late:
+        worst = max(late, key=lambda spike: spike.times)
+        names = ", ".join(f"{name} ({share:.0%})" for name, share in worst.parameters)
+        yield Verdict(
+            "spikes",
+            f"{len(late)} of the {len(trace.largest)} largest norms were more than {SPIKE:.0f} times the typical one of"
+            f" their time, one {worst.times:.0f} times, at {_where(worst)}"
+            + (f", mostly in {names}." if names else "."),
+            "Look at these batches: `spikes()` lists them. Bad data, a rare input or a learning rate that is too high"
+            " may be behind them.",
+        )
+
+
+def _of_clipping(figures: Figures) -> Iterator[Verdict]:
+    if figures.clip_coef_mean < LOW_COEF:
+        yield Verdict(
+            "steps cut to a fraction",
+            f"clipping multiplied the gradient by {figures.clip_coef_mean:.2g} on average.",
+            "With SGD that is the learning rate that you train with: raise the threshold (a higher percentile), or"
+            " lower the learning rate and see whether it was too high.",
+        )
+
+
+def _of_layers(trace: Trace) -> Iterator[Verdict]:
+    shares = {name: share for name, share in trace.shares.items() if share > 0}  # others are frozen or not used
+    if not shares or not all(trace.numels):  # FSDP1 does not tell sizes
+        return
+    numels = {name: float(numel) for name, numel in zip(trace.names, trace.numels, strict=True) if name in shares}
+    entries, total = by_module(numels, depth=_LAYERS), sum(numels.values())
+    for layer, share in by_module(shares, depth=_LAYERS).items():
+        if share > DOMINATES and entries[layer] < SMALL_PART * total:
+            yield Verdict(
+                "one layer holds the norm",
+                f"{layer} holds {share:.1%} of the squared norm in {entries[layer] / total:.1%} of the entries.",
+                "The threshold follows that layer alone: look at the scale of its inputs, at its initialisation and"
+                " learning rate, and at whether anything gets through to the layers before it.",
+            )
+    starved = [
+        name
+        for name, share in shares.items()
+        if "weight" in name.rpartition(".")[2] and share / numels[name] < STARVED**2 / total
+    ]
+    if starved:
+        yield Verdict(
+            "vanishing gradients",
+            f"{len(starved)} of {len(shares)} parameters have gradients less than {STARVED:g} times as large as the"
+            f" whole, among them {', '.join(starved[:3])}.",
+            "They hardly learn: look for saturated activations, missing normalisation or residual connections, or an"
+            " initialisation that is too small.",
+        )
+
+
+def _nothing(figures: Figures) -> str:
+    """What to say where there is no verdict."""
+    return ("Healthy" if figures.steps >= LEAST_STEPS else _TOO_FEW).capitalize()
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _where(spike: Spike) -> str:
+    """Step and batches; of logged rows only the step is known."""
+    last = "" if spike.last_batch == spike.first_batch else f" to {spike.last_batch}"
+    batches = f" (epoch {spike.epoch}, batch {spike.first_batch}{last})" if spike.epoch >= 0 else ""
+    return f"step {spike.step}{batches}"
+
+
+def _lines(section: Section) -> Iterator[str]:
+    """The section as a short paragraph."""
+    figures = section.figures
+    expected = "" if math.isnan(figures.expected_fraction) else f" ({figures.expected_fraction:.0%} expected)"
+    clipped = (
+        ""
+        if math.isnan(figures.clipped_fraction)
+        else (f", {figures.clipped_fraction:.1%} clipped{expected}, mean factor {figures.clip_coef_mean:.2f}")
+    )
+    yield (
+        f"{section.name}: {figures.steps:,} steps{clipped}; typical norm {figures.norm_first:.3g} at the start,"
+        f" {figures.norm_last:.3g} at the end, threshold {figures.threshold:.3g}."
+        + ("" if section.verdicts else f" {_nothing(figures)}.")
+    )
+    yield from (f"  - {verdict}" for verdict in section.verdicts)
+
+
+def _markdown(section: Section) -> Iterator[str]:
+    """The section as a heading, a table and a list."""
+    yield from (f"## {section.name}", "", "| figure | value |", "|---|---|")
+    for key, value in asdict(section.figures).items():
+        if key != "modules":
+            yield f"| {key} | {value:,} |" if isinstance(value, int) else f"| {key} | {value:.4g} |"
+    for module, share in list(section.figures.modules.items())[:5]:
+        yield f"| share of {module} in the squared norm | {share:.1%} |"
+    yield ""
+    yield from (f"- **{verdict.name}**: {verdict.evidence} {verdict.advice}" for verdict in section.verdicts)
+    yield from (() if section.verdicts else (f"{_nothing(section.figures)}.",))
+    yield ""

@@ -1,0 +1,45 @@
+"""The spike table, in the form that each logger has for tables."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_autoclip.wandb import is_wandb, log_table
+
+NAME = "autoclip_spikes"
+
+
+def log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
+    """Log the table: to W&B as a Table, to TensorBoard as text, beside any other logger's files as a CSV file.
+
+    Args:
+        logger: A logger of Lightning.
+        rows: What ``spikes()`` of the callback returns; nothing is logged of an empty table.
+        step: The step that it is logged at.
+    """
+    if not rows:
+        return
+    if is_wandb(logger):
+        log_table(logger, "autoclip/spikes", rows, step)
+    elif any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):
+        logger.experiment.add_text("autoclip/spikes", as_markdown(rows), step)
+    elif directory := getattr(logger, "log_dir", None) or logger.save_dir:
+        path = Path(directory, f"{NAME}.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table in markdown."""
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

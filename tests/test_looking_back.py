@@ -1,0 +1,274 @@
+"""After a run: plot, command line, tables of every logger, what is printed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+import wandb
+from helpers import Net, loader, norm_of, trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from wandb_reader import read_runs
+
+from lightning_autoclip import AutoClip, Constant, GradientClipping
+from lightning_autoclip.__main__ import main
+from lightning_autoclip.suggest import candidates, recommended
+
+SPIKES = {41: 100.0, 42: 100.0}  # batch -> factor on its loss
+
+
+class Norms(Callback):
+    """Notes the norm of every step before the callback after it clips."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.norms.append(norm_of(pl_module.parameters()))
+
+
+def fit(*loggers, steps: int = 60, callback: GradientClipping | None = None, spikes=SPIKES, **kwargs):
+    """A run on batches of four rows; the callback, and the norms before clipping."""
+    callback, norms = callback or AutoClip(50, verbose=False), Norms()
+    scales = [spikes.get(i // 4, 1.0) for i in range(4 * steps)]
+    run = trainer(norms, callback, logger=list(loggers), log_every_n_steps=10, **kwargs)
+    run.fit(Net(), loader(n=4 * steps, scales=scales))
+    return run, callback, norms.norms
+
+
+@pytest.fixture(autouse=True)
+def _wandb_offline(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+# --- the end of fit ---------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_printed_once_at_the_end_of_fit_and_only_if_wanted(capsys):
+    _, callback, _ = fit(callback=AutoClip(50))
+    printed = capsys.readouterr().out
+    assert printed.count("60 steps") == 1
+    assert str(callback.report()) in printed
+    fit(callback=AutoClip(50, verbose=False))
+    assert "60 steps" not in capsys.readouterr().out
+
+
+def test_the_spike_table_reaches_every_logger(tmp_path):
+    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb"), WandbLogger(save_dir=tmp_path / "wb")]
+    _, callback, norms = fit(*loggers)
+    wandb.finish()
+    worst = int(np.argmax(norms))
+    with Path(loggers[0].log_dir, "autoclip_spikes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20
+    assert (int(rows[0]["step"]), rows[0]["batches"]) == (worst, str(worst))
+    assert [float(row["norm"]) for row in rows] == pytest.approx(sorted(norms)[:-21:-1], rel=1e-5)
+
+    (events,) = (tmp_path / "tb").rglob("events*")
+    texts = [v for e in EventFileLoader(str(events)).Load() for v in e.summary.value if "spikes" in v.tag]
+    (text,) = (v.tensor.string_val[0].decode() for v in texts)
+    assert text.splitlines()[0] == "| " + " | ".join(rows[0]) + " |"
+    assert text.splitlines()[2].startswith(f"| autoclip | {worst} | 0 | {worst} |")
+
+    (table,) = (tmp_path / "wb").rglob("*.table.json")
+    table = json.loads(table.read_text())
+    assert table["columns"] == list(rows[0])
+    assert [row[1] for row in table["data"]] == [spike["step"] for spike in callback.spikes()]
+
+
+def test_the_verdicts_stand_in_the_summary_of_the_wandb_run(tmp_path):
+    _, callback, _ = fit(WandbLogger(save_dir=tmp_path))
+    wandb.finish()
+    (run,) = read_runs(tmp_path)
+    assert run.summary["autoclip/health"] == callback.report().summary
+    assert "spikes" in run.summary["autoclip/health"]
+
+
+def test_a_run_that_crashes_leaves_its_spike_table(tmp_path):
+    class Crash(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 50:
+                raise RuntimeError("crash")
+
+    logger = CSVLogger(tmp_path)
+    callback = AutoClip(50, verbose=False)
+    run = trainer(Crash(), callback, logger=logger, log_every_n_steps=10)
+    with pytest.raises(RuntimeError, match="crash"):
+        run.fit(Net(), loader(n=240, scales=[SPIKES.get(i // 4, 1.0) for i in range(240)]))
+    with Path(logger.log_dir, "autoclip_spikes.csv").open() as file:
+        assert {int(row["step"]) for row in list(csv.DictReader(file))[:2]} == {41, 42}
+
+
+@pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"barebones": True}, {"max_steps": 0}], ids=str)
+def test_runs_without_loggers_or_steps_end_quietly(options, capsys):
+    callback = AutoClip()
+    run = trainer(callback, **options)
+    run.fit(Net(), loader())
+    callback.report(), callback.spikes()
+    if options == {"max_steps": 0}:
+        assert str(callback.report()) == "No step was seen."
+        with pytest.raises(ValueError, match="at least one optimizer step to plot"):
+            callback.plot()
+
+
+# --- the plot ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_plot_shows_norms_thresholds_factors_and_the_largest_steps():
+    _, callback, norms = fit()
+    upper, lower = callback.plot().axes
+    lines = {line.get_label(): line.get_ydata() for line in upper.lines}
+    np.testing.assert_allclose(lines["gradient norm"], norms, rtol=1e-5)
+    thresholds = [np.percentile(norms[: i + 1], 50) for i in range(60)]
+    np.testing.assert_allclose(lines["threshold"], thresholds, rtol=1e-5)
+    np.testing.assert_allclose(lower.lines[0].get_ydata(), np.minimum(1, np.array(thresholds) / norms), rtol=1e-5)
+    assert f"step {int(np.argmax(norms))}\n" in upper.texts[0].get_text()
+    assert upper.get_yscale() == "log"
+
+
+def test_steps_that_were_not_finite_are_marked():
+    _, callback, norms = fit(spikes={5: math.nan, 9: math.inf})
+    assert not np.isfinite([norms[5], norms[9]]).any()
+    (_, marks) = callback.plot().axes[1].lines
+    assert list(marks.get_xdata()) == [5, 9]
+    assert marks.get_label() == "not finite (2)"
+
+
+def test_by_value_the_plot_shows_what_the_threshold_follows():
+    _, callback, norms = fit(callback=AutoClip(50, gradient_clip_algorithm="value", verbose=False))
+    entries = sum(parameter.numel() for parameter in Net().parameters())
+    (norm, threshold) = callback.plot().axes[0].lines[:2]
+    np.testing.assert_allclose(norm.get_ydata(), np.array(norms) / math.sqrt(entries), rtol=1e-5)
+    assert threshold.get_label() == "threshold"
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A run's checkpoint, CSV directory and W&B directory, with its callback and norms."""
+    out = tmp_path_factory.mktemp("recorded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_SILENT", "true")
+        wandb.teardown()
+        loggers = CSVLogger(out), WandbLogger(save_dir=out)
+        run, callback, norms = fit(*loggers, callback=AutoClip(50, log_every_step=True, verbose=False))
+        run.save_checkpoint(out / "last.ckpt", weights_only=False)
+        directory = Path(loggers[1].experiment.dir).parent
+        wandb.finish()
+        read_runs(out)  # waits for the end of the file
+        wandb.teardown()
+    return {"checkpoint": out / "last.ckpt", "csv": Path(loggers[0].log_dir), "wandb": directory}, callback, norms
+
+
+def test_the_report_of_a_checkpoint_is_that_of_the_callback(recorded, capsys):
+    files, callback, _ = recorded
+    assert main(["report", str(files["checkpoint"])]) == 0
+    assert capsys.readouterr().out == f"checkpoint last.ckpt\n{callback.report()}\n"
+    assert matplotlib.image.imread("autoclip.png").shape[1] > 600
+
+
+@pytest.mark.parametrize("kind", ["csv", "wandb"])
+def test_the_report_of_logged_rows_agrees_as_far_as_rows_go(recorded, capsys, kind):
+    files, callback, norms = recorded
+    assert main(["report", str(files[kind]), "--json", "--plot", "rows.png"]) == 0
+    output = capsys.readouterr()
+    (section,) = json.loads(output.out)["sections"]
+    figures, exact = section["figures"], callback.report().sections[0].figures
+    assert figures["steps"] == exact.steps == 60
+    assert figures["norm_max"] == pytest.approx(max(norms), rel=1e-4)
+    assert figures["clipped_fraction"] == pytest.approx(exact.clipped_fraction, abs=1e-6)
+    assert figures["clip_coef_mean"] == pytest.approx(exact.clip_coef_mean, rel=1e-4)
+    assert figures["clip_coef_min"] == pytest.approx(exact.clip_coef_min, rel=1e-4)
+    assert figures["threshold"] == pytest.approx(exact.threshold, rel=1e-4)
+    assert any(verdict["name"] == "spikes" for verdict in section["verdicts"])
+    assert "-1" not in json.dumps(section["verdicts"]), "unknown batches are not named"
+    assert "from checkpoints only" in output.err
+    assert Path("rows.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "csv", "wandb"])
+def test_suggest_shows_what_each_percentile_would_have_clipped(recorded, capsys, kind):
+    files, _, norms = recorded
+    assert main(["suggest", str(files[kind])]) == 0
+    printed = capsys.readouterr().out
+    assert "60 norms" in printed
+    thresholds = [np.percentile(norms[: i + 1], 90) for i in range(60)]
+    clipped, factor = np.mean(norms > np.array(thresholds)), np.mean(np.minimum(1, thresholds / np.array(norms)))
+    (row,) = (line.split() for line in printed.splitlines() if line.split()[:2] == ["90", "100"])
+    assert (row[2], row[3]) == (f"{clipped:.1%}", f"{factor:.2f}")
+    assert "Start with AutoClip(percentile=" in printed
+
+
+def test_the_window_counts_in_what_is_suggested():
+    norms = np.random.default_rng(0).lognormal(0, 1, 400)
+    norms[200:] *= 100
+    by_setting = {(one.percentile, one.window): one for one in candidates(norms.tolist())}
+    for window in (100, None):
+        past = [norms[max(0, i + 1 - (window or 400)) : i + 1].astype(np.float32) for i in range(400)]
+        coefs = np.minimum(1, [np.percentile(kept, 25) for kept in past] / norms)
+        found = by_setting[25.0, window]
+        assert found.clip_coef_mean == pytest.approx(coefs.mean(), rel=1e-5)
+        assert found.clip_coef_min == pytest.approx(coefs.min(), rel=1e-5)
+    assert by_setting[25.0, None].clip_coef_mean < by_setting[25.0, 100].clip_coef_mean
+    best = recommended(list(by_setting.values()))
+    assert best.window == 100
+    assert best.clip_coef_mean >= 0.6
+
+
+BAD_FILES = {
+    "missing": (None, "is missing"),
+    "text.ckpt": (b"no checkpoint", "to be a checkpoint"),
+    "other.csv": (b"step,train_loss\n1,2.0\n", "has no rows of `AutoClip`"),
+    "words.csv": (b"step,autoclip/grad_norm_max\none,two\n", "to be a `metrics.csv`"),
+    "binary.csv": (bytes(range(256)), "to be a `metrics.csv`"),
+    "empty.csv": (b"", "has no rows of `AutoClip`"),
+}
+
+
+@pytest.mark.parametrize("command", ["report", "suggest"])
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_not_what_it_should_be_is_one_clear_line(capsys, command, name):
+    content, message = BAD_FILES[name]
+    if content is not None:
+        Path(name).write_bytes(content)
+    assert main([command, name]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert message in output.err
+    assert name in output.err
+    assert len(output.err.strip().splitlines()) == 1
+
+
+def test_a_directory_without_a_run_is_refused(capsys):
+    assert main(["report", "."]) == 1
+    assert "to hold the `.wandb` file of an offline run or a `metrics.csv`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("state", [{}, {"traces": {}}, {"traces": {"a": 1}, "optimizers": [], "settings": {}}], ids=str)
+def test_a_checkpoint_without_our_state_or_with_a_damaged_one_is_refused(capsys, state):
+    torch.save({"callbacks": {"GradientClipping": state} if state else {}}, "other.ckpt")
+    assert main(["report", "other.ckpt"]) == 1
+    assert "damaged" in (error := capsys.readouterr().err) or "was written without" in error
+
+
+def test_fixed_clipping_has_a_report_and_a_plot_too():
+    _, callback, norms = fit(callback=GradientClipping(Constant(1.0), verbose=False))
+    figures = callback.report().sections[0].figures
+    assert figures.clipped_fraction == pytest.approx(np.mean(np.array(norms) > 1))
+    assert math.isnan(figures.expected_fraction)
+    callback.plot()

@@ -1,0 +1,642 @@
+"""What the callback says of the largest steps and of the layers, against gradients that another callback noted."""
+
+from __future__ import annotations
+
+import csv
+import math
+import multiprocessing
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from helpers import Net, loader, trainer, with_gradient
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning, Checkpoint, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim import SGD, Adam, Optimizer
+
+from lightning_autoclip import AutoClip, Constant, GradientClipper, StepRecord
+
+WINDOW, PERCENTILE = 8, 50
+SPIKES, AROUND = 20, 50  # what is documented
+BAD = {3: math.nan, 7: 100.0, 12: math.inf, 17: 30.0}  # the factors on the loss of some of 25 batches
+ALGORITHMS = pytest.mark.parametrize("algorithm", ["norm", "value"])
+
+
+class Step(NamedTuple):
+    """An optimizer step as Lightning took it."""
+
+    step: int
+    epoch: int
+    batches: list[int]
+    squares: dict[str, float]
+    entries: int
+
+    @property
+    def norm(self) -> float:
+        return math.sqrt(sum(self.squares.values()))
+
+
+class Noting(Callback):
+    """Notes every optimizer step with the squared norm of each parameter's gradient. Stands before `AutoClip`."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, list[Step]] = {}  # by optimizer, as the following
+        self.clipped: dict[int, list[float]] = {}
+        self.windows: dict[int, list[int]] = {}
+        self.begun = 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.begun += 1
+        for index in range(len(trainer.optimizers)):
+            self.windows.setdefault(index, []).append(batch_idx)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        index, mine = trainer.optimizers.index(optimizer), [p for g in optimizer.param_groups for p in g["params"]]
+        squares = {
+            name: 0.0 if parameter.grad is None else float(parameter.grad.double().square().sum())
+            for name, parameter in pl_module.named_parameters()
+            if any(parameter is other for other in mine)
+        }
+        entries = sum(parameter.numel() for parameter in mine if parameter.grad is not None)
+        steps = self.steps.setdefault(index, [])
+        # In manual optimization Lightning's loggers count batches, whether anything steps or not.
+        step = len(steps) if pl_module.automatic_optimization else self.begun - 1
+        steps.append(Step(step, trainer.current_epoch, self.windows.pop(index), squares, entries))
+
+
+class NotingAfter(Callback):
+    """Notes the norm that is left of every gradient. Stands after `AutoClip`."""
+
+    def __init__(self, noting: Noting) -> None:
+        self.noting = noting
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+        self.noting.clipped.setdefault(trainer.optimizers.index(optimizer), []).append(norm)
+
+
+def fit(
+    model: LightningModule, autoclip: AutoClip, *callbacks: Any, batches: int = 25, ckpt: Any = None, **kwargs: Any
+) -> Noting:
+    """Train on so many batches per epoch; those in ``bad`` have their loss multiplied by its value."""
+    noting, bad = Noting(), kwargs.pop("bad", BAD)
+    data = loader(n=4 * batches, scales=[bad.get(i // 4, 1.0 + i // 4 / 50) for i in range(4 * batches)])
+    if any(isinstance(callback, Checkpoint) for callback in callbacks):
+        kwargs["enable_checkpointing"] = True
+    run = trainer(noting, *callbacks, autoclip, NotingAfter(noting), **{"log_every_n_steps": 5, **kwargs})
+    run.fit(model, data, ckpt_path=ckpt)
+    return noting
+
+
+def clipper(**kwargs: Any) -> AutoClip:
+    return AutoClip(PERCENTILE, window=WINDOW, multiplier=1.0, verbose=False, **kwargs)
+
+
+def expected_spikes(steps: Sequence[Step], clipped: Sequence[float] | None, by_value: bool = False) -> list[Any]:
+    """The rows of a run of which every step was noted."""
+    norms = np.array([step.norm for step in steps])
+    statistic = norms / np.sqrt([step.entries for step in steps]) if by_value else norms
+    finite = np.isfinite(norms)
+    thresholds = [np.percentile(past[np.isfinite(past)][-WINDOW:], PERCENTILE) if np.isfinite(past).any() else np.inf
+                  for past in (statistic[: i + 1] for i in range(len(steps)))]  # fmt: skip
+    chosen = [*np.flatnonzero(~finite)[:SPIKES], *[i for i in np.argsort(-norms, kind="stable") if finite[i]][:SPIKES]]
+    rows = []
+    for i in chosen:
+        around = statistic[max(i + 1 - AROUND, 0) : i + 1]
+        around = around[np.isfinite(around)]
+        first, last = steps[i].batches[0], steps[i].batches[-1]
+        row = {
+            "step": steps[i].step,
+            "epoch": steps[i].epoch,
+            "batches": str(first) if first == last else f"{first}-{last}",
+            "norm": norms[i],
+            "times": statistic[i] / np.exp(np.log(around).mean()) if len(around) else math.nan,
+            "threshold": thresholds[i],
+            "parameters": named_of(steps[i].squares),
+        }
+        after = clipped[i] if clipped else thresholds[i]
+        rows.append({**row, "clip_coef": min(after / norms[i], 1.0)})
+    return rows
+
+
+def named_of(squares: dict[str, float]) -> list[tuple[str, float]]:
+    """The three parameters with the largest shares, or the first three that are not finite."""
+    bad = [(name, math.nan) for name, square in squares.items() if not math.isfinite(square)]
+    total = sum(squares.values())
+    shares = [(name, square / total) for name, square in sorted(squares.items(), key=lambda pair: -pair[1])]
+    return (bad or shares)[:3]
+
+
+def check_spikes(autoclip: AutoClip, expected: list[Any], optimizer: str = "autoclip") -> None:
+    rows = [row for row in autoclip.spikes() if row["optimizer"] == optimizer]
+    trace = autoclip.traces[f"{optimizer}/"]
+    spikes = [*trace.nonfinite, *trace.largest]
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    for row, spike, wanted in zip(rows, spikes, expected, strict=True):
+        assert set(row) == {"optimizer", "step", "epoch", "batches", "norm", "times", *LAST_COLUMNS}
+        for key in ("epoch", "batches"):
+            assert row[key] == wanted[key], (key, wanted)
+        assert math.isfinite(row["norm"]) == math.isfinite(wanted["norm"])
+        keys = {"norm", "times", "threshold", "clip_coef"} if math.isfinite(row["norm"]) else {"threshold"}
+        for key in keys:
+            assert row[key] == pytest.approx(wanted[key], rel=1e-4), (key, wanted)
+        assert [name for name, _ in spike.parameters] == [name for name, _ in wanted["parameters"]]
+        shares = [share for _, share in wanted["parameters"]]
+        assert [share for _, share in spike.parameters] == pytest.approx(shares, rel=1e-4, abs=1e-6, nan_ok=True)
+        assert row["parameters"].split(", ") == [
+            name if math.isnan(share) else f"{name} ({share:.0%})" for name, share in spike.parameters
+        ]
+
+
+LAST_COLUMNS = ("threshold", "clip_coef", "parameters")
+
+
+def mean_shares(steps: Sequence[Step]) -> dict[str, float]:
+    """The mean share of each parameter in the squared norm of the steps with a finite norm above 0."""
+    counted = [step for step in steps if 0 < step.norm < math.inf]
+    if not counted:
+        return dict.fromkeys(steps[0].squares, math.nan)
+    return {
+        name: float(np.mean([step.squares[name] / sum(step.squares.values()) for step in counted]))
+        for name in steps[0].squares
+    }
+
+
+def check_shares(autoclip: AutoClip, steps: Sequence[Step], optimizer: str = "autoclip") -> None:
+    shares, expected = autoclip.traces[f"{optimizer}/"].shares, mean_shares(steps)
+    assert list(shares) == list(expected)
+    assert shares == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+# --- spikes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@ALGORITHMS
+def test_spikes_name_step_epoch_batches_and_parameters(form: str, algorithm: str, accumulate: int) -> None:
+    autoclip = clipper(gradient_clip_algorithm=algorithm)
+    options = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
+    noting = fit(Net(), autoclip, **options)
+    steps, clipped = noting.steps[0], noting.clipped[0]
+    assert len(steps) == (50 if accumulate == 1 else 18)
+    assert steps[-1].batches == [24], "the last window of an epoch is shorter"
+    check_spikes(autoclip, expected_spikes(steps, clipped if algorithm == "value" else None, algorithm == "value"))
+    check_shares(autoclip, steps)
+    assert [row["epoch"] for row in autoclip.spikes()][:4] == [0, 0, 1, 1]
+
+
+def test_only_the_first_nonfinite_steps_are_kept() -> None:
+    autoclip = clipper()
+    noting = fit(Net(), autoclip, bad=dict.fromkeys(range(0, 50, 2), math.nan), batches=50)
+    check_spikes(autoclip, expected_spikes(noting.steps[0], None))
+    assert [row["step"] for row in autoclip.spikes()[:SPIKES]] == [*range(0, 40, 2)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_step_that_is_not_finite_names_the_parameters_that_were_not(form: str, value: float) -> None:
+    class Spoiled(Net):
+        def on_after_backward(self) -> None:
+            if self.trainer.global_step == 4:
+                self.net[2].weight.grad[0, 3] = self.net[0].bias.grad[1] = value
+
+    autoclip = clipper()
+    noting = fit(Spoiled(), autoclip, bad={})
+    (first, *others) = autoclip.spikes()
+    assert (first["step"], first["batches"]) == (4, "4")
+    assert first["parameters"] == "net.0.bias, net.2.weight"
+    assert not math.isfinite(first["norm"])
+    assert all(math.isfinite(row["norm"]) for row in others)
+    check_spikes(autoclip, expected_spikes(noting.steps[0], None))
+
+
+class TwoOptimizers(Net):
+    """Manual optimization: an optimizer for each layer, of which the second steps at every second batch only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        first, second = self.optimizers()
+        self.zero_grad()
+        self.manual_backward(self.loss(batch))
+        first.step()
+        if batch_idx % 2:
+            second.step()
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        return [SGD(self.net[0].parameters(), lr=0.05), Adam(self.net[2].parameters(), lr=0.01)]
+
+
+def test_each_optimizer_has_spikes_of_its_own(form: str) -> None:
+    autoclip = clipper()
+    noting = fit(TwoOptimizers(), autoclip, batches=26, max_epochs=2)
+    first, second = noting.steps[0], noting.steps[1]
+    assert {name for step in first for name in step.squares} == {"net.0.weight", "net.0.bias"}
+    assert [step.step for step in second] == [*range(1, 52, 2)]
+    assert second[14].batches == [2, 3]
+    check_spikes(autoclip, expected_spikes(first, None), "autoclip/SGD")
+    check_spikes(autoclip, expected_spikes(second, None), "autoclip/Adam")
+    check_shares(autoclip, first, "autoclip/SGD")
+    check_shares(autoclip, second, "autoclip/Adam")
+
+
+class OwnAccumulation(Net):
+    """Manual optimization with one optimizer that steps at every third batch of the run, over the ends of epochs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization, self.seen = False, 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(self.loss(batch))
+        self.seen += 1
+        if self.seen % 3 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_in_manual_optimization_the_batches_are_those_since_the_last_step() -> None:
+    autoclip = clipper()
+    noting = fit(OwnAccumulation(), autoclip, batches=24, max_epochs=2)
+    assert len(noting.steps[0]) == 16
+    check_spikes(autoclip, expected_spikes(noting.steps[0], None))
+
+
+def test_a_window_over_the_end_of_an_epoch_names_its_last_batch_too() -> None:
+    autoclip = clipper()
+    noting = fit(OwnAccumulation(), autoclip, batches=13, max_epochs=2, bad={0: 1000.0})
+    (crossing,) = (step for step in noting.steps[0] if step.batches[-1] < step.batches[0])
+    assert (crossing.epoch, crossing.batches) == (1, [12, 0, 1])
+    (row,) = (row for row in autoclip.spikes() if row["epoch"] == 1 and row["norm"] == pytest.approx(crossing.norm))
+    assert re.findall(r"\d+", row["batches"])[-1] == "1"
+
+
+class PartlyUnused(Net):
+    """Has a frozen layer whose parameters the optimizer has too, and a layer that no loss depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.unused = nn.Linear(4, 4), nn.Linear(4, 1)
+        self.frozen.requires_grad_(False)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y, scale = batch
+        return super().loss([self.frozen(x), y, scale])
+
+
+@ALGORITHMS
+def test_parameters_without_a_gradient_have_no_share(form: str, algorithm: str, tmp_path: Path) -> None:
+    autoclip = clipper(gradient_clip_algorithm=algorithm, log_layers=1)
+    noting = fit(PartlyUnused(), autoclip, logger=CSVLogger(tmp_path, name="", version="run"))
+    steps, clipped = noting.steps[0], noting.clipped[0]
+    check_spikes(autoclip, expected_spikes(steps, clipped if algorithm == "value" else None, algorithm == "value"))
+    check_shares(autoclip, steps)
+    shares = autoclip.traces["autoclip/"].shares
+    assert {name for name, share in shares.items() if share == 0} == {
+        f"{layer}.{parameter}" for layer in ("frozen", "unused") for parameter in ("weight", "bias")
+    }
+    for row in layer_rows(tmp_path):
+        assert (row["autoclip_layers/frozen"], row["autoclip_layers/unused"]) == (0, 0)
+        assert row["autoclip_layers/net"] == pytest.approx(1)
+
+
+@ALGORITHMS
+def test_steps_without_any_gradient_are_no_obstacle(form: str, algorithm: str) -> None:
+    """A gradient of exactly zero (a masked batch): by value, its norm after clipping is not measured at each step."""
+    autoclip = clipper(gradient_clip_algorithm=algorithm, log_layers=True)
+    noting = fit(Net(), autoclip, bad=dict.fromkeys(range(2, 25, 3), 0.0), log_every_n_steps=50)
+    assert sum(step.norm == 0 for step in noting.steps[0]) == 8
+    assert autoclip.traces["autoclip/"].shares == pytest.approx(mean_shares(noting.steps[0]), rel=1e-4)
+    assert sum(one.zero for one in autoclip.traces["autoclip/"].bins) == 8
+
+
+# --- resumed runs -----------------------------------------------------------------------------------------------------
+
+
+class Dying(Callback):
+    def __init__(self, step: int, hard: bool) -> None:
+        self.step, self.hard = step, hard
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step >= self.step:
+            if self.hard:
+                os._exit(9)
+            raise ZeroDivisionError
+
+
+def told(autoclip: AutoClip) -> str:
+    """Everything, as text in which NaN equals NaN."""
+    traces = {key: (trace.state_dict()["bins"].tolist(), trace.shares) for key, trace in autoclip.traces.items()}
+    return repr((autoclip.spikes(), traces))
+
+
+@pytest.mark.parametrize(
+    ("model", "accumulate"), [(Net, 1), (Net, 3), (TwoOptimizers, 1)], ids=["plain", "accumulating", "two-optimizers"]
+)
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("how", ["end of epoch", "exception", "killed"])
+def test_a_resumed_run_has_the_spikes_and_shares_of_an_uninterrupted_one(
+    tmp_path: Path, model: type[Net], how: str, algorithm: str, accumulate: int
+) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "batches": 26}
+
+    def interrupted() -> None:
+        saving = ModelCheckpoint(tmp_path, "saved", enable_version_counter=False)  # at the end of each epoch
+        dying = [] if how == "end of epoch" else [Dying(saved + 5, how == "killed")]
+        epochs = 1 if how == "end of epoch" else 2
+        fit(model(), clipper(gradient_clip_algorithm=algorithm), saving, *dying, max_epochs=epochs, **options)
+
+    saved = 39 if model is TwoOptimizers else math.ceil(26 / accumulate)  # steps of an epoch
+    if how == "killed":
+        process = multiprocessing.get_context("fork").Process(target=interrupted)
+        process.start()
+        process.join(60)
+        assert process.exitcode == 9
+    elif how == "exception":
+        with pytest.raises(ZeroDivisionError):
+            interrupted()
+    else:
+        interrupted()
+    assert torch.load(tmp_path / "saved.ckpt", weights_only=True)["global_step"] == saved
+    whole, resumed = (clipper(gradient_clip_algorithm=algorithm) for _ in range(2))
+    fit(model(), whole, max_epochs=2, **options)
+    fit(model(), resumed, max_epochs=2, ckpt=tmp_path / "saved.ckpt", **options)
+    assert told(resumed) == told(whole)
+    assert len(resumed.spikes()) > 15
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_run_that_is_resumed_within_an_epoch_counts_each_step_once(tmp_path: Path, accumulate: int) -> None:
+    """Lightning goes on with the next batch's index but with the first batch's data: another run than in one go."""
+    saving, notings = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=7), []
+
+    class Crashing(Net):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            notings.append(next(callback for callback in self.trainer.callbacks if isinstance(callback, Noting)))
+            if self.trainer.global_step == 9:
+                raise ZeroDivisionError
+
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "batches": 12 * accumulate, "max_epochs": 2}
+    with pytest.raises(ZeroDivisionError):
+        fit(Crashing(), clipper(), saving, **options)
+    autoclip = clipper()
+    resumed = fit(Net(), autoclip, ckpt=tmp_path / "saved.ckpt", **options)
+    steps = [*notings[0].steps[0][:7], *resumed.steps[0]]
+    steps = [step._replace(step=i) for i, step in enumerate(steps)]
+    assert len(steps) == 24
+    assert steps[7].batches == [*range(7 * accumulate, 8 * accumulate)]
+    check_spikes(autoclip, expected_spikes(steps, None))
+    check_shares(autoclip, steps)
+
+
+def test_a_second_fit_of_the_same_trainer_goes_on_and_one_of_another_begins_anew() -> None:
+    autoclip, noting = clipper(), Noting()
+    run = trainer(noting, autoclip, max_epochs=1)
+    run.fit(Net(), loader(n=60))
+    run.fit_loop.max_epochs = 2
+    run.fit(Net(), loader(n=60))
+    assert [step.step for step in noting.steps[0]] == [*range(30)]
+    check_spikes(autoclip, expected_spikes(noting.steps[0], None))
+    check_shares(autoclip, noting.steps[0])
+    noting = fit(Net(), autoclip)
+    check_spikes(autoclip, expected_spikes(noting.steps[0], None))
+    check_shares(autoclip, noting.steps[0])
+
+
+# --- log_layers -------------------------------------------------------------------------------------------------------
+
+
+class Deep(Net):
+    """Modules three names deep, and a parameter that belongs to none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), nn.ModuleDict({"out": nn.Linear(6, 4)}))
+        self.factor = nn.Parameter(torch.ones(()))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y, scale = batch
+        return super().loss([self.body[1]["out"](self.body[0](x)) * self.factor, y, scale])
+
+
+MODULES = {
+    1: {"net": r"net\.", "body": r"body\.", "factor": "factor"},
+    2: {
+        "factor": "factor",
+        "net.0": r"net\.0\.",
+        "net.2": r"net\.2\.",
+        "body.0": r"body\.0\.",
+        "body.1": r"body\.1\.",
+    },
+    3: {
+        "factor": "factor",
+        "net.0": r"net\.0\.",
+        "net.2": r"net\.2\.",
+        "body.0.0": r"body\.0\.0\.",
+        "body.1.out": r"body\.1\.out\.",
+    },
+}
+
+
+def layer_rows(directory: Path) -> list[dict[str, float]]:
+    (path,) = directory.rglob("metrics.csv")
+    with path.open() as file:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if any(key.startswith("autoclip_layers/") for key in row)]
+
+
+@pytest.mark.parametrize(
+    ("log_layers", "accumulate"), [(1, 1), (True, 1), (2, 3), (3, 1)], ids=["1", "True", "2-accumulating", "3"]
+)
+def test_rows_of_layers_are_the_mean_shares_of_their_window(
+    form: str, log_layers: Any, accumulate: int, tmp_path: Path
+) -> None:
+    autoclip = clipper(log_layers=log_layers)
+    bad = {2: math.nan, 7: 100.0, 12: math.inf} | dict.fromkeys(range(15, 20), math.nan)
+    options = {"accumulate_grad_batches": accumulate, "logger": CSVLogger(tmp_path, name="", version="run")}
+    noting = fit(Deep(), autoclip, bad=bad, batches=23, max_epochs=2, **options)
+    steps, rows = noting.steps[0], layer_rows(tmp_path)
+    modules = MODULES[2 if log_layers is True else log_layers]
+    ends = [*range(4, len(steps), 5)]
+    ends += [len(steps) - 1] if len(steps) % 5 else []
+    assert [row["step"] for row in rows] == ends
+    keys = {key for row in rows for key in row if key.startswith("autoclip_layers/")}
+    assert keys == {f"autoclip_layers/{module}" for module in modules}
+    assert all(keys <= set(row) for row in rows), "constant"
+    for row, start, end in zip(rows, [-1, *ends], ends, strict=False):
+        shares = mean_shares(steps[start + 1 : end + 1])
+        sums = {m: sum(share for name, share in shares.items() if re.match(p, name)) for m, p in modules.items()}
+        written = {module: row[f"autoclip_layers/{module}"] for module in modules}
+        assert written == pytest.approx(sums, rel=1e-4, abs=1e-6, nan_ok=True)
+        assert sum(written.values()) == pytest.approx(1) or math.isnan(shares["factor"])
+    assert any(math.isnan(row["autoclip_layers/factor"]) for row in rows) == (accumulate == 1)
+
+
+def test_each_optimizer_has_layers_of_its_own(tmp_path: Path) -> None:
+    noting = fit(
+        TwoOptimizers(), clipper(log_layers=2), batches=26, logger=CSVLogger(tmp_path, name="", version="run"), bad={}
+    )
+    keys = {key for row in layer_rows(tmp_path) for key in row if key.startswith("autoclip_layers/")}
+    assert keys == {"autoclip_layers/SGD/net.0", "autoclip_layers/Adam/net.2"}
+    assert len(noting.steps[0]) == 26
+
+
+@pytest.mark.parametrize("options", [{}, {"log_layers": False}, {"log_layers": 0}], ids=str)
+def test_layers_are_logged_on_demand_only(options: dict[str, Any], tmp_path: Path) -> None:
+    autoclip = clipper(**options)
+    noting = fit(Net(), autoclip, logger=CSVLogger(tmp_path, name="", version="run"))
+    assert layer_rows(tmp_path) == []
+    check_shares(autoclip, noting.steps[0])
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "all", None], ids=str)
+def test_a_depth_that_is_none_is_refused(value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="Expected `log_layers` to be a bool, or a number of names"):
+        AutoClip(log_layers=value)
+
+
+@pytest.mark.parametrize("wrap", ["compiled", "checkpointed", "both"])
+def test_what_wrappers_put_into_a_name_is_left_out(wrap: str, tmp_path: Path) -> None:
+    model = Net()
+    if wrap != "compiled":
+        model.net[0] = checkpoint_wrapper(model.net[0])
+    if wrap != "checkpointed":
+        model.net = torch.compile(model.net, backend="eager")
+    assert "net.0.weight" not in dict(model.named_parameters())
+    autoclip = clipper(log_layers=True)
+    fit(model, autoclip, logger=CSVLogger(tmp_path, name="", version="run"), batches=5)
+    names = ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]
+    assert list(autoclip.traces["autoclip/"].shares) == names
+    assert {name for spike in autoclip.traces["autoclip/"].largest for name, _ in spike.parameters} <= {*names}
+    (row,) = layer_rows(tmp_path)
+    assert {key for key in row if "layers" in key} == {"autoclip_layers/net.0", "autoclip_layers/net.2"}
+
+
+# --- models that change, and odd surroundings -------------------------------------------------------------------------
+
+
+class Finetuned(Net):
+    """A network on a backbone that is frozen at first and joins the optimizer in the second epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(4, 4)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y, scale = batch
+        return super().loss([self.backbone(x), y, scale])
+
+    def configure_optimizers(self) -> Optimizer:
+        return SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+@pytest.mark.parametrize("every", [5, 7], ids=["between rows", "within a row"])
+def test_parameters_that_join_the_optimizer_during_the_fit_join_the_shares(form: str, every: int) -> None:
+    autoclip = clipper(log_layers=True)
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.5)
+    noting = fit(Finetuned(), autoclip, finetuning, batches=10, max_epochs=2, log_every_n_steps=every, bad={})
+    (first, *_, last) = noting.steps[0]
+    assert (len(first.squares), len(last.squares)) == (4, 6)
+    assert len(autoclip.spikes()) == 20
+    assert autoclip.traces["autoclip/"].shares["backbone.weight"] > 0
+    named = {name for spike in autoclip.traces["autoclip/"].largest for name, _ in spike.parameters}
+    assert named <= {*last.squares}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_coarsen_the_shares(dtype: torch.dtype) -> None:
+    autoclip = clipper()
+    torch.set_default_dtype(dtype)
+    try:
+        noting = fit(Net(), autoclip, bad={7: 30.0})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    check_shares(autoclip, noting.steps[0])
+
+
+@pytest.mark.gpu
+def test_spikes_on_a_gpu_are_those_of_its_gradients(tmp_path: Path) -> None:
+    autoclip, logger = clipper(log_layers=True), CSVLogger(tmp_path, name="", version="run")
+    noting = fit(Net(), autoclip, accelerator="gpu", max_epochs=2, logger=logger)
+    check_spikes(autoclip, expected_spikes(noting.steps[0], None))
+    check_shares(autoclip, noting.steps[0])
+    assert len(layer_rows(tmp_path)) == 10
+
+
+# --- a bare loop ------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_holds_the_norm_of_each_parameter_before_clipping(form: str) -> None:
+    gradients = [torch.tensor([3.0, 4.0]), None, torch.full((2, 3), 2.0), torch.tensor(-7.0)]
+    parameters = [nn.Parameter(torch.zeros(2)) if g is None else with_gradient(g) for g in gradients]
+    record = GradientClipper(Constant(0.5)).clip_(SGD(parameters, lr=1.0))
+    assert_norms(record, form, [5, 0, math.sqrt(24), 7])
+    assert parameters[0].grad.norm() < 0.5
+    assert float(record.norm) == pytest.approx(math.sqrt(25 + 24 + 49))
+
+
+@ALGORITHMS
+@pytest.mark.parametrize("target", ["optimizer", "parameters"])
+def test_the_norms_of_a_loop_are_those_of_the_gradients(form: str, algorithm: str, target: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2), nn.Linear(9, 9))  # the last one is not used
+    groups = [{"params": net[2].parameters()}, {"params": net[0].parameters()}, {"params": net[3].parameters()}]
+    optimizer, seen = SGD(groups, lr=0.1), GradientClipper(Constant(0.1), gradient_clip_algorithm=algorithm)
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for _ in range(4):
+        optimizer.zero_grad()
+        net[:3](torch.randn(6, 3)).square().mean().backward()
+        expected = [0.0 if p.grad is None else float(np.linalg.norm(p.grad.numpy())) for p in ordered]
+        record = seen.clip_(optimizer if target == "optimizer" else ordered)
+        assert_norms(record, form, expected)
+        assert expected[4:] == [0, 0]
+        optimizer.step()
+
+
+def test_the_norms_of_odd_gradients_are_those_of_their_entries(form: str) -> None:
+    table, phase, half = nn.Embedding(9, 2, sparse=True), nn.Parameter(torch.zeros(2, dtype=torch.complex64)), 0.25
+    table(torch.tensor([1, 1, 4])).sum().backward()  # 2 2 in one row, 1 1 in another
+    phase.grad = torch.tensor([3 + 4j, 0])
+    coarse = with_gradient([300.0] * 400, torch.float16)  # its square is beyond float16
+    spoiled = with_gradient([1.0, math.nan])
+    fine = with_gradient([half] * 4, torch.float64)
+    record = GradientClipper(Constant(1.0), nonfinite="ignore").clip_([table.weight, phase, coarse, spoiled, fine])
+    assert_norms(record, form, [math.sqrt(10), 5, 6000, math.nan, 0.5])
+
+
+def test_the_norms_are_at_the_scale_of_the_loss_which_no_share_depends_on(form: str) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = SGD([weight], lr=0.1, fused=True)
+    scaler.scale((weight * torch.tensor([3.0, 4.0])).sum()).backward()
+    record = GradientClipper(Constant(1.0)).clip_(optimizer, scaler)
+    assert float(record.norm) == pytest.approx(5)
+    assert_norms(record, form, [40])
+
+
+def test_a_norm_that_somebody_else_measured_has_no_parameters(form: str) -> None:
+    assert GradientClipper(Constant(1.0)).record_(torch.tensor(3.0)).parameter_norms is None
+
+
+def assert_norms(record: StepRecord | None, form: str, expected: Sequence[float]) -> None:
+    assert record is not None
+    norms = record.parameter_norms
+    if form == "cpu form":
+        assert isinstance(norms, list)
+        assert all(type(norm) is float for norm in norms)
+    else:
+        assert isinstance(norms, Tensor)
+        assert norms.shape == (len(expected),)
+        norms = norms.tolist()
+    assert norms == pytest.approx(list(expected), rel=1e-5, nan_ok=True)
