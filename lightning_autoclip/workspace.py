@@ -1,0 +1,70 @@
+"""A W&B dashboard of what clipping did, as code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Workspace
+
+_X = "trainer/global_step"  # the loggers' step; the client's own "Step" counts rows
+_PANELS: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
+    ("Gradient norm and threshold", ("grad_norm", "threshold"), {"log_y": True}),
+    ("Largest gradient norm", ("grad_norm_max", "threshold"), {"log_y": True}),
+    ("Steps that were clipped", ("clipped_fraction",), {"range_y": (0.0, 1.0)}),
+    ("Factor on the gradient", ("clip_coef_mean", "clip_coef_min"), {"range_y": (0.0, 1.0)}),
+    ("Non-finite steps so far", ("nonfinite_total",), {}),
+]
+
+
+def create_workspace(
+    entity: str, project: str, *, optimizers: Sequence[str] = (), layers: bool = True, save: bool = True
+) -> Workspace:
+    """Make a W&B workspace that shows what clipping did: needs ``pip install lightning-autoclip[dashboard]``.
+
+    Its panels show norms and thresholds, what was clipped, non-finite steps, spikes, layers, and ``train_loss``.
+
+    Args:
+        entity: The team or user that the project belongs to.
+        project: The project of the runs, as given to `WandbLogger`.
+        optimizers: Of runs with several optimizers, their names as in the keys ``autoclip/<name>/grad_norm``, such as
+            ``["Adam", "Adam-1"]``. With one optimizer or none it is left out: the keys then hold no name.
+        layers: Whether to show what ``log_layers`` logs.
+        save: Whether to save the workspace at W&B, for which one must be logged in, and print its address.
+
+    Returns:
+        The `wandb_workspaces.workspaces.Workspace`, to change and `save()`.
+
+    Raises:
+        ModuleNotFoundError: `wandb-workspaces` is not installed.
+        TypeError: ``optimizers`` is one string.
+    """
+    if isinstance(optimizers, str):
+        raise TypeError(f"Expected `optimizers` to be a sequence of names, but got {optimizers!r}: `[{optimizers!r}]`.")
+    try:
+        from wandb_workspaces.reports.v2 import LinePlot, WeavePanelSummaryTable
+        from wandb_workspaces.workspaces import Section, Workspace, WorkspaceSettings
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"`create_workspace` found no `{error.name}`. `pip install lightning-autoclip[dashboard]` installs it."
+        ) from error
+
+    sections = []
+    for name in [f"{name}/" for name in optimizers] if len(optimizers) > 1 else [""]:
+        panels: list[Any] = [
+            LinePlot(title=title, x=_X, y=[f"autoclip/{name}{key}" for key in keys], **options)
+            for title, keys, options in _PANELS
+        ]
+        if layers:
+            title = "Share of each layer in the squared norm"
+            panels.append(LinePlot(title=title, x=_X, metric_regex=f"^autoclip_layers/{name}", range_y=(0.0, 1.0)))
+        title = f"Gradient clipping of {name.strip('/')}" if name else "Gradient clipping"
+        sections.append(Section(name=title, panels=panels, is_open=True))
+    loss, spikes = LinePlot(title="Loss", x=_X, y=["train_loss"]), WeavePanelSummaryTable(table_name="autoclip/spikes")
+    sections.append(Section(name="Training and spikes", panels=[loss, spikes], is_open=True))
+    settings = WorkspaceSettings(x_axis=_X)
+    workspace = Workspace(
+        entity=entity, project=project, name="Gradient clipping", sections=sections, settings=settings
+    )
+    return workspace.save() if save else workspace
