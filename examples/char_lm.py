@@ -62,8 +62,7 @@ def main() -> None:
     prepare()
     runs = {
         "no clipping": AutoClip(percentile=100, nonfinite="ignore", log_every_step=True),  # only observes
-        # Trainer(gradient_clip_val=...) clips alike but keeps no record of the norms.
-        f"fixed {args.fixed:g}": GradientClipping(Constant(args.fixed), log_every_step=True),
+        f"fixed {args.fixed:g}": GradientClipping(Constant(args.fixed), log_every_step=True),  # as gradient_clip_val
         "AutoClip": AutoClip(log_every_step=True),
     }
     logs = {}
@@ -72,6 +71,7 @@ def main() -> None:
         logs[name] = fit_and_read_log(name, CharLM(), stdlib_windows(args.steps), clipping, args.out)
     print_table(logs)
     draw(logs, args.out / "char_lm.png")
+    runs["AutoClip"].plot().savefig(args.out / "autoclip.png", dpi=110)
     print_where(args.out)
 
 

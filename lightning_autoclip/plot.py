@@ -69,7 +69,7 @@ def _draw_clipping(axes: Axes, trace: Trace) -> None:
     bad = [one.last for one in trace.bins if one.nonfinite]
     if bad:
         axes.plot(bad, [0.0] * len(bad), "x", ms=6, color=_BAD, label=f"not finite ({len(bad)})", clip_on=False)
-        axes.legend(fontsize=8, loc="lower right", frameon=False)
+        axes.legend(fontsize=8, loc="lower right", framealpha=0.9)
     axes.set(ylim=(0, 1.05), ylabel="factor on\nthe step")
     axes.grid(alpha=0.2)
 

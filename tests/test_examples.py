@@ -64,6 +64,11 @@ def test_the_demo_draws_a_figure_of_1200_by_900_pixels(demo):
     assert image[..., :3].std() > 0.05  # not blank
 
 
+def test_the_demo_ends_each_run_with_its_report_and_draws_the_last(demo):
+    assert len(re.findall(r"(?m)^autoclip: 24 steps, ", demo[0])) == 3
+    assert matplotlib.image.imread(demo[1] / "runs" / "char_lm" / "autoclip.png").shape[1] == 880
+
+
 def test_the_demo_names_the_figure_and_the_offline_wandb_runs_that_it_wrote(demo):
     output, cwd = demo
     (figure,) = re.findall(r"(?m)^figure +(.+)$", output)
