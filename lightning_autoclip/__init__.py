@@ -5,6 +5,7 @@ from lightning_autoclip.clipper import GradientClipper, StepRecord
 from lightning_autoclip.history import RunningPercentile
 from lightning_autoclip.optimizers import NonFiniteGradientError
 from lightning_autoclip.policies import Constant, Percentile, Policy, ZScore
+from lightning_autoclip.report import Report
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "NonFiniteGradientError",
     "Percentile",
     "Policy",
+    "Report",
     "RunningPercentile",
     "StepRecord",
     "ZScore",

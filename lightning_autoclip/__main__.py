@@ -45,14 +45,25 @@ def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
         figure = plot_of(run.traces, run.settings)
     except ImportError:
         if plot is not None:
-            raise ValueError("The plot needs matplotlib: `pip install lightning-autoclip[plot]`.") from None
+            raise ValueError("The plot needs matplotlib, which the extra `plot` installs.") from None
+        print("No plot: it needs matplotlib, which the extra `plot` installs.", file=sys.stderr)
         return
     path = plot or Path("autoclip.png")
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ValueError(f"Expected `--plot` to be a file that can be written, but got {path}: {error}") from error
     print(f"Plot: {path}", file=sys.stderr)
 
 
 def _suggest(run: RecordedRun) -> None:
+    if not run.has_steps:
+        raise ValueError(
+            f"Expected the norms of single steps, but {run.source} has rows of many steps. Use a checkpoint, or log"
+            " with `log_every_step=True`."
+        )
+    if run.settings["gradient_clip_algorithm"] != "norm":
+        raise ValueError(f"Expected a run that was clipped by norm, but {run.source} was clipped by value.")
     for prefix, norms in run.norms.items():
         print(f"{run.source}, {prefix.strip('/')}: {len(norms):,} norms\n{table(candidates(norms))}\n")
 

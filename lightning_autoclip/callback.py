@@ -106,6 +106,7 @@ class GradientClipping(Callback):
         self.clippers: list[GradientClipper] = []  # one per optimizer
         self.traces: dict[str, Trace] = {}  # likewise, by the prefix of its keys
         self._has_scaler = False
+        self._mixed = False  # whether the run has had several policies
         self._recorders: list[Recorder] = []
         self._steps_seen: list[int | None] = []  # per optimizer: `global_step` when the hook ran last
         self._first_batch: list[int | None] = []  # per optimizer: of the accumulation window
@@ -130,6 +131,11 @@ class GradientClipping(Callback):
         known = dataclasses.is_dataclass(policy)
         fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)} if known else {}
         return {"policy": {"name": type(policy).__qualname__, **fields}, **self._arguments}
+
+    @property
+    def _settings_of_run(self) -> dict[str, Any]:
+        """The settings that hold for every step of the run, resumed ones included."""
+        return self.settings | ({"policy": {"name": "several"}} if self._mixed else {})
 
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in self._arguments.items())
@@ -167,7 +173,7 @@ class GradientClipping(Callback):
         check_strategy(trainer.strategy, self._arguments["gradient_clip_algorithm"])
         check_precision(trainer.precision_plugin)
         if self._trained and trainer.global_step == 0:  # fitting on with the same Trainer keeps the record
-            self.clippers, self.traces = [], {}
+            self.clippers, self.traces, self._mixed = [], {}, False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give each optimizer its clipper, or check that the restored ones fit."""
@@ -230,17 +236,9 @@ class GradientClipping(Callback):
         try:
             record = self._clip(self.clippers[index], optimizer, scaler)
         except NonFiniteGradientError as error:
+            self._keep(trainer, pl_module, index, error.record)
             raise self._located(error, trainer, pl_module) from None
-        if record is not None:
-            last, first = self._batch_idx or 0, self._first_batch[index]
-            step = trainer.fit_loop.epoch_loop._batches_that_stepped
-            where = Where(step, trainer.current_epoch, last if first is None else first, last)
-            trace, norms = self._recorders[index].trace, record.parameter_norms
-            if norms is not None and len(norms) != len(trace.names):  # parameters have joined
-                self._flush(trainer)
-                self._name_parameters(trace, optimizer, pl_module)
-            self._recorders[index].add(record, where)
-        self._first_batch[index] = None
+        self._keep(trainer, pl_module, index, record)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -268,7 +266,10 @@ class GradientClipping(Callback):
         self._conclude(trainer)
         quick = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
         if self.verbose and trainer.is_global_zero and not quick:
-            print(f"\n{self.report()}")  # below the progress bar
+            try:
+                print(f"\n{self.report()}")  # below the progress bar
+            except Exception as error:  # nothing that is only told may fail a training that is done
+                rank_zero_warn(f"`{type(self).__name__}` could not print its report: {error!r}")
         if self._engine is not None:
             self._engine.release()
         for optimizer, seen in zip(trainer.optimizers, self._steps_seen, strict=True):
@@ -313,6 +314,7 @@ class GradientClipping(Callback):
             "settings": self.settings,
             "optimizers": [clipper.state_dict() for clipper in self.clippers],
             "has_scaler": self._has_scaler,
+            "several_policies": self._mixed,
             "traces": {prefix: trace.state_dict() for prefix, trace in self.traces.items()},
         }
 
@@ -329,6 +331,7 @@ class GradientClipping(Callback):
         if self._stage not in ("fit", None):
             return  # `trainer.test(ckpt_path=...)` must not take back what a later fit goes on with
         try:
+            self._mixed = bool(state_dict["several_policies"])
             self._compare_settings(state_dict["settings"])
             states = list(state_dict["optimizers"])
             clippers = [self._new_clipper() for _ in states]
@@ -361,7 +364,7 @@ class GradientClipping(Callback):
 
         Steps since the last logged row, validation or end of epoch are left out while a fit is going on.
         """
-        return report_of(self.traces, self.settings, self._has_scaler)
+        return report_of(self.traces, self._settings_of_run, self._has_scaler)
 
     def spikes(self) -> list[dict[str, Any]]:
         """The first steps that were not finite, then those with the largest norms of the run, largest first.
@@ -380,7 +383,7 @@ class GradientClipping(Callback):
 
     def plot(self) -> Figure:
         """Norms on a log scale, thresholds, clipped and non-finite steps, the largest norms: needs matplotlib."""
-        return plot_of(self.traces, self.settings)
+        return plot_of(self.traces, self._settings_of_run)
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
@@ -394,6 +397,19 @@ class GradientClipping(Callback):
         self._engine.clip_at(record.threshold)
         return record
 
+    def _keep(self, trainer: Trainer, pl_module: LightningModule, index: int, record: StepRecord | None) -> None:
+        """Hand a step's record to its recorder, with what only the Trainer knows."""
+        last, first = self._batch_idx or 0, self._first_batch[index]
+        self._first_batch[index] = None
+        if record is None:
+            return
+        recorder, norms = self._recorders[index], record.parameter_norms
+        if norms is not None and len(norms) != len(recorder.trace.names):  # parameters have joined
+            self._flush(trainer)
+            self._name_parameters(recorder.trace, trainer.optimizers[index], pl_module)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        recorder.add(record, Where(step, trainer.current_epoch, last if first is None else first, last))
+
     def _compare_settings(self, written: dict[str, Any]) -> None:
         changed = {key: value for key, value in self.settings.items() if written[key] != value}
         if "gradient_clip_algorithm" in changed:
@@ -402,6 +418,7 @@ class GradientClipping(Callback):
                 " whose thresholds have another unit. Resume with that algorithm, or delete"
                 f" `checkpoint['callbacks']['{self.state_key}']` to start with an empty record."
             )
+        self._mixed = self._mixed or "policy" in changed
         if changed:
             was = ", ".join(f"{key}={written[key]!r}" for key in changed)
             now = ", ".join(f"{key}={value!r}" for key, value in changed.items())
@@ -468,8 +485,8 @@ class GradientClipping(Callback):
         done = "applied as they were" if reaction == "ignore" and self._engine is None else "left out"
         rank_zero_warn(
             f"{total} of {sum(clipper.steps for clipper in self.clippers)} optimizer steps so far had a NaN or an"
-            f' infinity in their gradient and were {done}. `{type(self).__name__}(nonfinite="raise")` stops at such a'
-            " step and names batch and parameters."
+            f" infinity in their gradient and were {done}. `spikes()` of the callback names batches and parameters;"
+            ' `nonfinite="raise"` stops at such a step.'
         )
 
     def _show(self, trainer: Trainer) -> None:
@@ -506,11 +523,11 @@ class AutoClip(GradientClipping):
         warmup_steps: The first so many steps are recorded, not clipped.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
         nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``; see `GradientClipper`.
-        log_every_step: As the following, see `GradientClipping`.
-        log_layers: What is logged of the layers.
-        log_histogram: What else is logged to Weights & Biases.
-        alert_above: When to send a W&B alert.
-        verbose: Whether a short report is printed at the end of fit.
+        log_every_step: Also log the exact series ``autoclip/step/grad_norm`` and ``autoclip/step/threshold``.
+        log_layers: Also log each module's mean share in the squared norm, of modules two (or so many) names deep.
+        log_histogram: Also log a histogram of the norms per row, to Weights & Biases.
+        alert_above: Send a W&B alert when a norm is so many times the threshold, at least 1, or not finite.
+        verbose: Print a short report at the end of fit.
 
     Raises:
         TypeError: An argument has the wrong type.

@@ -187,7 +187,11 @@ class GradientClipper:
             clipped_norm = _smaller(norm, threshold)
         record = StepRecord(norm, clipped_norm, statistic, threshold, self._nonfinite, parameter_norms)
         if self.nonfinite == "raise":
-            raise_if_nonfinite(norm, norms, gradients, grad_scaler)
+            try:
+                raise_if_nonfinite(norm, norms, gradients, grad_scaler)
+            except NonFiniteGradientError as error:
+                error.record = record
+                raise
         if self.nonfinite != "ignore":
             skip_if_nonfinite(norm, gradients, optimizer, grad_scaler, pending=scale is not None)
         return record

@@ -20,7 +20,10 @@ class NonFiniteGradientError(RuntimeError):
 
     Attributes:
         parameters: The parameters whose gradients were not finite.
+        record: The `StepRecord` of the step, where there is one.
     """
+
+    record: Any = None
 
     def __init__(self, message: str, parameters: list[Tensor]) -> None:
         super().__init__(message)

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LABELLED = 3  # spikes
+_SPIKE = 10  # times the typical norm: these are marked ...
+_LABELLED = 3  # ... and the largest of them labelled
 _NORM, _THRESHOLD, _CLIPPED, _BAD = "#4878a8", "#c44e52", "#dd8452", "#7f3fbf"
 
 
@@ -52,11 +53,15 @@ def _draw_norms(axes: Axes, trace: Trace, by_value: bool) -> None:
     typical = [math.exp(one.logs / one.norms) for one in bins]
     axes.plot(steps, typical, color=_NORM, lw=0.8, label="root-mean-square entry" if by_value else "gradient norm")
     axes.plot(steps, [one.threshold for one in bins], color=_THRESHOLD, lw=1.4, label="threshold")
-    for spike in [] if by_value else _apart(trace.largest, bins[-1].last - bins[0].first if bins else 0.0):
-        batch = f"step {spike.step}\nbatch {spike.last_batch}"
-        axes.plot(spike.step, spike.norm, "o", ms=4, mfc="none", color="black")
+    spikes = [] if by_value else [spike for spike in trace.largest if spike.times > _SPIKE]
+    if spikes:
+        steps, norms = [spike.step for spike in spikes], [spike.norm for spike in spikes]
+        axes.plot(steps, norms, "o", ms=4, mfc="none", color="black", label=f"over {_SPIKE} times the typical norm")
+    for spike in _apart(spikes, trace.bins[-1].last - trace.bins[0].first):
+        batch = f"step {spike.step}" + (f"\nbatch {spike.last_batch}" if spike.epoch >= 0 else "")
         axes.annotate(batch, (spike.step, spike.norm), (5, -3), textcoords="offset points", va="top", fontsize=7)
-    axes.set_yscale("log")
+    if bins:
+        axes.set_yscale("log")
     axes.set_ylabel("root-mean-square entry" if by_value else "gradient norm")
     axes.grid(alpha=0.2)
     axes.legend(fontsize=8, loc="best", frameon=False)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ import torch
 from lightning_autoclip.trace import MOST_SPIKES, Bin, Spike, Trace, typical_norm
 
 STATE_KEY = "GradientClipping"  # of the callback in a checkpoint
-_KEYS = ("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "threshold", "clipped_fraction")
-_UNKNOWN = {"policy": {"name": "unknown"}, "gradient_clip_algorithm": "norm", "max_threshold": None}
+_KEYS = ("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "clipped_fraction")
+_UNKNOWN: dict[str, Any] = {
+    "policy": {"name": "unknown"},
+    "gradient_clip_algorithm": "norm",
+    "max_threshold": None,
+    "warmup_steps": 0,
+}
 Row = Mapping[str, float]
 
 
@@ -31,6 +37,7 @@ class RecordedRun:
         norms: Likewise, the norms of single steps, oldest first, as far as the file has them.
         settings: The callback's arguments, as far as the file has them.
         has_scaler: Whether a loss scaler was at work.
+        has_steps: Whether ``norms`` are those of single steps rather than of logged rows.
         source: What was read, in words.
     """
 
@@ -39,6 +46,7 @@ class RecordedRun:
     source: str
     settings: dict[str, Any] = field(default_factory=lambda: dict(_UNKNOWN))
     has_scaler: bool = False
+    has_steps: bool = True
 
 
 def read_run(path: Path) -> RecordedRun:
@@ -51,6 +59,8 @@ def read_run(path: Path) -> RecordedRun:
         raise ValueError(
             f"Expected a checkpoint, a `metrics.csv` or the directory of a W&B run, but {path} is missing."
         )
+    if path.suffix == ".wandb":
+        path = path.parent
     if path.is_dir():
         csv_file = path / "metrics.csv"
         return _of_csv(csv_file) if csv_file.exists() else _of_wandb(path)
@@ -60,55 +70,63 @@ def read_run(path: Path) -> RecordedRun:
 def _of_checkpoint(path: Path) -> RecordedRun:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint["callbacks"].get(STATE_KEY)
     except Exception as error:  # torch raises many kinds
         reason = str(error).partition(". ")[0]
         raise ValueError(
             f"Expected {path} to be a checkpoint that `torch.load(weights_only=True)` reads: {reason}."
         ) from error
-    if not state:
+    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+    if not isinstance(callbacks, dict):
+        raise ValueError(f"Expected {path} to be a checkpoint of Lightning's Trainer, but it has no `callbacks`.")
+    if not (state := callbacks.get(STATE_KEY)):
         raise ValueError(
             f"{path} was written without `AutoClip` or `GradientClipping`: it has no state under {STATE_KEY!r}."
         )
     try:
         traces = {prefix: Trace.from_state(trace) for prefix, trace in state["traces"].items()}
         histories = [optimizer["history"]["values"].tolist() for optimizer in state["optimizers"]]
-        settings, has_scaler = state["settings"], bool(state["has_scaler"])
+        settings, has_scaler = dict(state["settings"]), bool(state["has_scaler"])
+        if not traces or not {"policy", "gradient_clip_algorithm", "max_threshold", "warmup_steps"} <= settings.keys():
+            raise KeyError("settings")
+        if state["several_policies"]:
+            settings["policy"] = {"name": "several"}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The state of {STATE_KEY!r} in {path} is damaged: {error!r}.") from error
     norms = {
-        prefix: _longer(trace, history) for (prefix, trace), history in zip(traces.items(), histories, strict=False)
+        prefix: _exact(trace, history) for (prefix, trace), history in zip(traces.items(), histories, strict=False)
     }
     return RecordedRun(traces, norms, f"checkpoint {path.name}", settings, has_scaler)
 
 
-def _longer(trace: Trace, history: list[float]) -> list[float]:
-    """The longer of what the record still holds and what the bins tell: step by step, or one typical norm per bin."""
-    typical = [math.exp(one.logs / one.norms) for one in trace.bins if one.norms]
-    return history if len(history) >= len(typical) else typical
+def _exact(trace: Trace, history: list[float]) -> list[float]:
+    """The norms of single steps: of all of them while each has its bin, else those that the record still holds."""
+    if all(one.steps == 1 for one in trace.bins):
+        return [one.largest for one in trace.bins if one.norms]
+    return history
 
 
 def _of_csv(path: Path) -> RecordedRun:
     with path.open(newline="") as file:
         try:
-            rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+            rows = [_numbers(row) for row in csv.DictReader(file)]
         except (ValueError, TypeError, csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"Expected {path} to be a `metrics.csv` of `CSVLogger`: {error}") from error
-    return _of_rows(rows, "step", f"{path.parent.name}/{path.name}", dict(_UNKNOWN))
+    return _of_rows(rows, "step", str(path), dict(_UNKNOWN))
 
 
 def _of_wandb(path: Path) -> RecordedRun:
     if not list(path.glob("*.wandb")):
         raise ValueError(
-            f"Expected {path} to hold the `.wandb` file of an offline run or a `metrics.csv`, but it has none."
+            f"Expected {path} to hold the `.wandb` file of an offline run (as wandb/latest-run) or a `metrics.csv`."
         )
     command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(
-            f"Reading a W&B run needs wandb 0.31 or newer (`wandb leet`), which failed: {error}"
-        ) from error
+    except OSError as error:
+        raise ValueError(f"Reading a W&B run needs wandb 0.31 or newer (`wandb leet inspect`): {error}") from error
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or error.stdout).strip().splitlines()[-1:]
+        raise ValueError(f"`wandb leet inspect` (wandb 0.31 or newer) cannot read {path}: {' '.join(said)}") from error
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     rows = [_numbers(record["history"].get("item", {})) for record in records if record.get("type") == "history"]
     settings = dict(_UNKNOWN)
@@ -119,56 +137,70 @@ def _of_wandb(path: Path) -> RecordedRun:
 
 
 def _numbers(item: Mapping[str, Any]) -> dict[str, float]:
-    return {key: float(value) for key, value in item.items() if isinstance(value, int | float)}
+    """The cells that hold a number."""
+    numbers = {}
+    for key, value in item.items():
+        try:
+            numbers[key] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return numbers
 
 
 def _of_rows(rows: Iterable[Row], step: str, source: str, settings: dict[str, Any]) -> RecordedRun:
     """From logged rows: a bin per row, and the series of steps if ``log_every_step`` logged it."""
-    rows = [row for row in rows if step in row]
-    prefixes = {
-        key.removesuffix("grad_norm_max") for row in rows for key in row if key.endswith("autoclip/grad_norm_max")
-    }
-    prefixes |= {
-        key.removesuffix("grad_norm_max")
-        for row in rows
-        for key in row
-        if "autoclip/" in key and key.endswith("/grad_norm_max")
-    }
+    rows = [row for row in rows if math.isfinite(row.get(step, math.nan))]
+    last_key, needed = "grad_norm_max", (*_KEYS, "nonfinite_total")
+    keys = {key for row in rows for key in row if "autoclip/" in key and key.endswith(f"/{last_key}")}
+    prefixes = sorted(key.removesuffix(last_key) for key in keys)
     traces, norms = {}, {}
-    for prefix in sorted(prefixes):
-        found = [row for row in rows if all(prefix + key in row for key in (*_KEYS, "nonfinite_total"))]
+    for prefix in prefixes:
+        if not (found := [row for row in rows if all(prefix + key in row for key in needed)]):
+            continue
         traces[prefix] = trace = Trace()
-        last, nonfinite = found[0][step] - 1 if len(found) == 1 else 2 * found[0][step] - found[1][step], 0.0
+        steps = [row[step] for row in found]
+        longest = max((later - one for one, later in pairwise(steps)), default=steps[0] + 1)
+        last, nonfinite = max(-1.0, steps[0] - longest) if steps[0] + 1 > 2 * longest else -1.0, 0.0
+        if f"{prefix}grad_rms" in found[0]:
+            settings["gradient_clip_algorithm"] = "value"
         for row in found:
             trace.bins.append(_bin(row, prefix, max(last, -1.0), row[step], nonfinite))
-            if row[prefix + "grad_norm_max"] > 0:
+            if math.isfinite(row[prefix + "grad_norm_max_step"]) and row[prefix + "grad_norm_max"] > 0:
                 trace.largest.append(_largest(row, prefix, trace.bins))
             last, nonfinite = row[step], row[prefix + "nonfinite_total"]
         trace.largest = sorted(trace.largest, key=lambda spike: -spike.norm)[:MOST_SPIKES]
         exact = [row[f"{prefix}step/grad_norm"] for row in rows if f"{prefix}step/grad_norm" in row]
-        norms[prefix] = [norm for norm in exact or [row[prefix + "grad_norm_mean"] for row in found] if norm > 0]
+        norms[prefix] = [norm for norm in exact if norm > 0]
     if not traces:
         raise ValueError(f"{source} has no rows of `AutoClip` or `GradientClipping` (keys `autoclip/...`).")
-    return RecordedRun(traces, norms, source, settings)
+    return RecordedRun(traces, norms, source, settings, has_steps=all(norms.values()))
+
+
+def _unit(row: Row, prefix: str) -> float:
+    """By value, the root-mean-square entry in units of the norm; else 1."""
+    return row.get(f"{prefix}grad_rms", row[f"{prefix}grad_norm"]) / (row[f"{prefix}grad_norm"] or 1.0)
 
 
 def _largest(row: Row, prefix: str, bins: list[Bin]) -> Spike:
     """The largest norm of a row: of which batch, rows do not tell."""
-    norm, coef = row[prefix + "grad_norm_max"], row.get(prefix + "clip_coef_min", math.nan)
-    where = int(row[prefix + "grad_norm_max_step"]), -1, -1, -1
-    return Spike(*where, norm, row[prefix + "threshold"], coef, norm / typical_norm(bins[-MOST_SPIKES:]), ())
+    norm, coef = row[f"{prefix}grad_norm_max"], row.get(f"{prefix}clip_coef_min", math.nan)
+    times = norm * _unit(row, prefix) / typical_norm(bins[-MOST_SPIKES:])
+    where = int(row[f"{prefix}grad_norm_max_step"]), -1, -1, -1
+    return Spike(*where, norm, row.get(f"{prefix}threshold", math.nan), coef, times, ())
 
 
 def _bin(row: Row, prefix: str, before: float, step: float, nonfinite: float) -> Bin:
-    steps, bad = max(step - before, 1.0), row[prefix + "nonfinite_total"] - nonfinite
-    finite, mean = max(steps - bad, 0.0), row[prefix + "grad_norm_mean"]
-    coef, least = (row.get(f"{prefix}clip_coef_{key}", math.nan) for key in ("mean", "min"))
-    known = finite if coef == coef else 0.0
-    one = Bin(before + 1, step, steps, nonfinite=bad, threshold=row[prefix + "threshold"])
-    if finite and mean > 0:
-        one.smallest, one.largest, one.logs = min(mean, row[prefix + "grad_norm"]), row[prefix + "grad_norm_max"], 0.0
+    steps, bad = max(step - before, 1.0), max(row[f"{prefix}nonfinite_total"] - nonfinite, 0.0)
+    finite, mean = max(steps - bad, 0.0), row[f"{prefix}grad_norm_mean"] * _unit(row, prefix)
+    threshold = row.get(f"{prefix}threshold", math.nan)
+    one = Bin(before + 1, step, steps, min(bad, steps), threshold=threshold if threshold < math.inf else math.nan)
+    if mean > 0:
+        one.smallest, one.largest = mean, row[f"{prefix}grad_norm_max"] * _unit(row, prefix)
         one.logs = finite * math.log(mean)
-    if known:
-        one.measured, one.clipped, one.coefs = known, known * row[prefix + "clipped_fraction"], known * coef
-        one.coef_min = least
+    else:
+        one.zero = finite
+    coef, least = (row.get(f"{prefix}clip_coef_{key}", math.nan) for key in ("mean", "min"))
+    if coef == coef and mean > 0:
+        one.measured, one.clipped = finite, finite * row[f"{prefix}clipped_fraction"]
+        one.coefs, one.coef_min = finite * coef, least
     return one

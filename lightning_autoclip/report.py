@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from textwrap import fill
 from typing import Any
 
 from lightning_autoclip.trace import Bin, Spike, Trace, by_module, typical_norm
@@ -126,6 +127,9 @@ class Report:
         return "\n".join(line for section in self.sections for line in _lines(section)) or "No step was seen."
 
 
+_WIDTH = 100  # of a printed line
+
+
 def report_of(traces: Mapping[str, Trace], settings: Mapping[str, Any], has_scaler: bool = False) -> Report:
     """The report of a run.
 
@@ -146,7 +150,7 @@ def _figures(trace: Trace, settings: Mapping[str, Any]) -> Figures:
     bins = trace.bins
     steps, measured = sum(one.steps for one in bins), sum(one.measured for one in bins)
     policy = settings["policy"]
-    plain = policy["name"] == "Percentile" and policy["multiplier"] == 1 and settings["max_threshold"] is None
+    plain = policy.get("name") == "Percentile" and policy.get("multiplier") == 1 and settings["max_threshold"] is None
     by_norm = settings["gradient_clip_algorithm"] == "norm"
     thresholds = [one.threshold for one in bins if not math.isnan(one.threshold)]
     modules = by_module(trace.shares, depth=2)
@@ -185,27 +189,33 @@ def _verdicts(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verd
 
 def _of_nonfinite(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
     if figures.nonfinite > (max(20, OVERFLOWS * figures.steps) if has_scaler else 0):
-        first = trace.nonfinite[0]
-        where = ", ".join(name for name, _ in first.parameters)
+        first, where = "", ""
+        if trace.nonfinite:  # logged rows only count them
+            where = ", ".join(name for name, _ in trace.nonfinite[0].parameters)
+            first = f", first at {_where(trace.nonfinite[0])}"
         yield Verdict(
             "non-finite gradients",
-            f"{figures.nonfinite} of {figures.steps} steps had a NaN or an infinity in their gradient, first at"
-            f" {_where(first)}" + (f" in {where}." if where else "."),
+            f"{figures.nonfinite} of {figures.steps} steps had a NaN or an infinity in their gradient{first}"
+            + (f" in {where}." if where else "."),
             "Look at that batch, at what divides, takes a root or a logarithm there, and, if norms grew before it, at"
-            ' the learning rate; `nonfinite="raise"` stops at such a step.',
+            " the learning rate.",
         )
 
 
 def _of_growth(trace: Trace, figures: Figures) -> Iterator[Verdict]:
     tenths = [typical_norm(_part(trace.bins, i / 10, (i + 1) / 10)) for i in range(10)]
-    start, peak = typical_norm(trace.bins[:_START]), max((one for one in tenths if one > 0), default=math.nan)
+    start, peak = (
+        typical_norm([one for one in trace.bins if one.norms][:_START]),
+        max((one for one in tenths if one > 0), default=math.nan),
+    )
     rise = peak / start
     if rise > RISEN:  # a learning rate that is too high shows within a few steps, and clipping may tame it later
         yield Verdict(
             "growing norms",
             f"the typical norm rose from {start:.3g} in the first steps to {peak:.3g} ({rise:.3g} times).",
-            "Clipping holds a training together that is coming apart: lower the learning rate or warm it up, and look"
-            " at the initialisation, at missing normalisation and at a loss without a floor.",
+            "Where the loss does not fall as well, clipping holds a training together that is coming apart: lower the"
+            " learning rate or warm it up, and look at the initialisation, at missing normalisation and at a loss"
+            " without a floor.",
         )
     # One third of the way from what is to be expected to every step.
     expected = figures.expected_fraction
@@ -242,11 +252,11 @@ def _of_spikes(trace: Trace, figures: Figures) -> Iterator[Verdict]:
     ]
     if late:
         worst = max(late, key=lambda spike: spike.times)
-        names = ", ".join(f"{name} ({share:.0%})" for name, share in worst.parameters)
+        names = ", ".join(f"{name} ({share:.0%})" for name, share in worst.parameters if share >= 0.05)
         yield Verdict(
             "spikes",
-            f"{len(late)} of the {len(trace.largest)} largest norms were more than {SPIKE:.0f} times the typical one of"
-            f" their time, one {worst.times:.0f} times, at {_where(worst)}"
+            f"{len(late)} of the {len(trace.largest)} largest norms exceeded {SPIKE:.0f} times the typical one of their"
+            f" time, the worst {worst.times:.0f} times at {_where(worst)}"
             + (f", mostly in {names}." if names else "."),
             "Look at these batches: `spikes()` lists them. Bad data, a rare input or a learning rate that is too high"
             " may be behind them.",
@@ -316,18 +326,19 @@ def _where(spike: Spike) -> str:
 def _lines(section: Section) -> Iterator[str]:
     """The section as a short paragraph."""
     figures = section.figures
-    expected = "" if math.isnan(figures.expected_fraction) else f" ({figures.expected_fraction:.0%} expected)"
+    share = figures.expected_fraction
+    expected = "" if math.isnan(share) else f" ({share:.0%} expected at percentile {100 * (1 - share):g})"
     clipped = (
         ""
         if math.isnan(figures.clipped_fraction)
-        else (f", {figures.clipped_fraction:.1%} clipped{expected}, mean factor {figures.clip_coef_mean:.2f}")
+        else (f", {figures.clipped_fraction:.1%} clipped{expected}, mean factor {figures.clip_coef_mean:.2g}")
     )
-    yield (
-        f"{section.name}: {figures.steps:,} steps{clipped}; typical norm {figures.norm_first:.3g} at the start,"
-        f" {figures.norm_last:.3g} at the end, threshold {figures.threshold:.3g}."
-        + ("" if section.verdicts else f" {_nothing(figures)}.")
+    text = (
+        f"{section.name}: {figures.steps:,} steps{clipped}; typical norm {figures.norm_first:.3g} in the first tenth,"
+        f" {figures.norm_last:.3g} in the last, threshold {figures.threshold:.3g}."
     )
-    yield from (f"  - {verdict}" for verdict in section.verdicts)
+    yield fill(text + ("" if section.verdicts else f" {_nothing(figures)}."), _WIDTH, subsequent_indent="  ")
+    yield from (fill(f"  - {verdict}", _WIDTH, subsequent_indent="    ") for verdict in section.verdicts)
 
 
 def _markdown(section: Section) -> Iterator[str]:

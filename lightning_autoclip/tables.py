@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
 
 from lightning_autoclip.wandb import is_wandb, log_table
 
@@ -27,9 +28,9 @@ def log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
     elif any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):
         logger.experiment.add_text("autoclip/spikes", as_markdown(rows), step)
     elif directory := getattr(logger, "log_dir", None) or logger.save_dir:
-        path = Path(directory, f"{NAME}.csv")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
+        files = get_filesystem(directory)  # which need not be the local one
+        files.makedirs(directory, exist_ok=True)
+        with files.open(f"{directory}/{NAME}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)

@@ -83,12 +83,14 @@ def alert(logger: Any, prefix: str, points: Sequence[Point], above: float, nonfi
     for point in points:
         spike = math.isfinite(point.norm) and point.statistic > above * point.threshold
         if spike or (nonfinite and not math.isfinite(point.norm)):
+            same = point.first_batch == point.last_batch
+            batches = f"{point.last_batch}" if same else f"{point.first_batch} to {point.last_batch}"
             times = point.statistic / point.threshold if spike and point.threshold else math.inf
             why = f"{times:.1f} times the threshold" if spike else "not finite"
             logger.experiment.alert(
                 title=f"{prefix.strip('/')}: spike or non-finite gradient",  # W&B limits the rate per title
                 text=(
-                    f"At step {point.step} (epoch {point.epoch}, batches {point.first_batch} to {point.last_batch}) the"
+                    f"At step {point.step} (epoch {point.epoch}, batch {batches}) the"
                     f" norm of the gradient was {point.norm:.4g}, {why}. `spikes()` of the callback names its layers."
                 ),
                 level="WARN",

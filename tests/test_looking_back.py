@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.image
@@ -18,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from wandb_reader import read_runs
 
-from lightning_autoclip import AutoClip, Constant, GradientClipping
+from lightning_autoclip import AutoClip, Constant, GradientClipping, NonFiniteGradientError, Policy
 from lightning_autoclip.__main__ import main
 from lightning_autoclip.suggest import candidates, recommended
 
@@ -234,7 +235,8 @@ BAD_FILES = {
     "missing": (None, "is missing"),
     "text.ckpt": (b"no checkpoint", "to be a checkpoint"),
     "other.csv": (b"step,train_loss\n1,2.0\n", "has no rows of `AutoClip`"),
-    "words.csv": (b"step,autoclip/grad_norm_max\none,two\n", "to be a `metrics.csv`"),
+    "words.csv": (b"step,autoclip/grad_norm_max\none,two\n", "has no rows of `AutoClip`"),
+    "half.csv": (b"step,autoclip/grad_norm_max\n1,2.0\n", "has no rows of `AutoClip`"),
     "binary.csv": (bytes(range(256)), "to be a `metrics.csv`"),
     "empty.csv": (b"", "has no rows of `AutoClip`"),
 }
@@ -256,7 +258,7 @@ def test_a_file_that_is_not_what_it_should_be_is_one_clear_line(capsys, command,
 
 def test_a_directory_without_a_run_is_refused(capsys):
     assert main(["report", "."]) == 1
-    assert "to hold the `.wandb` file of an offline run or a `metrics.csv`" in capsys.readouterr().err
+    assert "to hold the `.wandb` file of an offline run (as wandb/latest-run)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("state", [{}, {"traces": {}}, {"traces": {"a": 1}, "optimizers": [], "settings": {}}], ids=str)
@@ -272,3 +274,80 @@ def test_fixed_clipping_has_a_report_and_a_plot_too():
     assert figures.clipped_fraction == pytest.approx(np.mean(np.array(norms) > 1))
     assert math.isnan(figures.expected_fraction)
     callback.plot()
+
+
+@pytest.mark.parametrize("spikes", [{33: math.nan}, dict.fromkeys(range(60), math.nan), dict.fromkeys(range(60), 0.0)])
+def test_logged_rows_of_a_sick_run_are_not_called_healthy(tmp_path, capsys, spikes):
+    logger = CSVLogger(tmp_path)
+    _, callback, _ = fit(logger, spikes=spikes)
+    assert main(["report", logger.log_dir]) == 0
+    printed = capsys.readouterr().out
+    assert "Healthy" not in printed
+    assert not callback.report().healthy
+
+
+def test_logged_rows_by_value_are_read_in_one_unit_and_nothing_is_suggested_from_them(tmp_path, capsys):
+    logger = CSVLogger(tmp_path)
+    _, callback, _ = fit(logger, callback=AutoClip(50, gradient_clip_algorithm="value", verbose=False), spikes={})
+    assert main(["report", logger.log_dir, "--json"]) == 0
+    figures, exact = (
+        json.loads(capsys.readouterr().out)["sections"][0]["figures"],
+        callback.report().sections[0].figures,
+    )
+    assert figures["norm_typical"] == pytest.approx(exact.norm_typical, rel=0.5)
+    assert figures["threshold"] == pytest.approx(exact.threshold, rel=1e-4)
+    assert main(["suggest", logger.log_dir]) == 1
+
+
+def test_rows_of_many_steps_are_nothing_to_suggest_from(tmp_path, capsys):
+    logger = CSVLogger(tmp_path)
+    fit(logger)
+    assert main(["suggest", logger.log_dir]) == 1
+    assert "Expected the norms of single steps" in capsys.readouterr().err
+
+
+def test_a_long_run_is_suggested_from_the_steps_that_its_record_still_holds(capsys):
+    run, _, norms = fit(steps=1200, spikes={})
+    run.save_checkpoint("long.ckpt", weights_only=False)
+    assert main(["suggest", "long.ckpt"]) == 0
+    printed = capsys.readouterr().out
+    assert "100 norms" in printed
+    last = np.array(norms[-100:])
+    clipped = np.mean(last > [np.percentile(last[: i + 1], 10) for i in range(100)])
+    (row,) = (line.split() for line in printed.splitlines() if line.split()[:2] == ["10", "100"])
+    assert row[2] == f"{clipped:.1%}"
+
+
+def test_a_plot_that_cannot_be_written_is_one_clear_line(recorded, capsys):
+    assert main(["report", str(recorded[0]["checkpoint"]), "--plot", "nowhere/plot.png"]) == 1
+    assert "Expected `--plot` to be a file that can be written" in capsys.readouterr().err
+
+
+def test_the_step_that_nonfinite_raise_stops_at_is_in_the_report():
+    callback = AutoClip(50, nonfinite="raise", verbose=False)
+    with pytest.raises(NonFiniteGradientError, match="batch 33"):
+        fit(callback=callback, spikes={33: math.nan})
+    assert callback.spikes()[0]["step"] == 33
+    assert callback.report().summary == "non-finite gradients"
+
+
+def test_a_policy_of_the_users_own_may_be_called_percentile_too(capsys):
+    @dataclass(frozen=True)
+    class Percentile(Policy):
+        def __call__(self, norms, count):
+            return norms[0] * 2
+
+    fit(callback=GradientClipping(Percentile()))
+    assert "60 steps" in capsys.readouterr().out
+
+
+def test_a_run_with_two_percentiles_is_not_judged_by_the_last_one(tmp_path):
+    run, _, _ = fit(spikes={})
+    run.save_checkpoint("p50.ckpt")
+    callback = AutoClip(90, verbose=False)
+    resumed = trainer(callback, max_epochs=2)
+    with pytest.warns(UserWarning, match="goes on with"):
+        resumed.fit(Net(), loader(n=240), ckpt_path="p50.ckpt")
+    assert math.isnan(callback.report().sections[0].figures.expected_fraction)
+    resumed.save_checkpoint("both.ckpt")
+    assert main(["report", "both.ckpt", "--json"]) == 0

@@ -518,7 +518,8 @@ def test_the_report_is_text_markdown_and_json(case):
     assert str(report).startswith("autoclip: 80 steps")
     for verdict in report.verdicts:
         assert str(verdict) == f"{verdict.name}: {verdict.evidence} {verdict.advice}"
-        assert f"  - {verdict}" in str(report).splitlines()
+        assert f"- {verdict}" in " ".join(str(report).split())
+        assert max(map(len, str(report).splitlines())) <= 100
         assert f"- **{verdict.name}**: {verdict.evidence} {verdict.advice}" in markdown
         assert verdict.evidence.endswith(".")
         assert verdict.advice.endswith(".")

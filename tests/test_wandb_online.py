@@ -185,7 +185,7 @@ def test_a_spike_or_a_nonfinite_step_sends_an_alert(
     assert (alert["severity"], alert["waitDuration"]) == ("WARN", 600_000)
     assert alert["title"].startswith("autoclip: ")
     assert len(alert["title"]) < 64  # what the client asks for
-    assert f"step {first} (epoch 0, batches {first} to {first})" in alert["text"]
+    assert f"step {first} (epoch 0, batch {first})" in alert["text"]
     times = model.norms[first] / thresholds(model.norms)[first]
     expected = f"{model.norms[first]:.4g}, {times:.1f} times the threshold" if what == "spike" else "not finite"
     assert expected in alert["text"]
