@@ -68,6 +68,6 @@ def rules() -> dict[str, Callable[[], Arguments]]:
     for algorithm in ("norm", "value"):
         for percentile in (10, 50, 90):
             found[f"ours, {algorithm}, p{percentile}"] = lambda p=percentile, a=algorithm: {
-                "callbacks": [AutoClip(p, gradient_clip_algorithm=a)]
+                "callbacks": [AutoClip(p, gradient_clip_algorithm=a, verbose=False)]
             }
     return found

@@ -135,7 +135,7 @@ def histories(lengths: list[int], steps: int) -> list[dict[str, Any]]:
     base = seconds_per_step(MLP(), {}, steps)
     for length in lengths:
         norms = torch.randn(length).exp()
-        window, full = AutoClip(), AutoClip(window=None)
+        window, full = AutoClip(verbose=False), AutoClip(window=None, verbose=False)
         arguments: dict[str, Any] = {
             "window of 100": {"callbacks": [window, Filled(window, norms)]},
             "full history": {"callbacks": [full, Filled(full, norms)]},
@@ -151,7 +151,7 @@ def histories(lengths: list[int], steps: int) -> list[dict[str, Any]]:
 
 def logging_share(name: str, steps: int, out: Path) -> dict[str, Any]:
     """What logging a row every 50 steps to a file adds to what clipping adds."""
-    hooks, rows, autoclip = [], [], AutoClip()
+    hooks, rows, autoclip = [], [], AutoClip(verbose=False)
     autoclip.on_before_optimizer_step = timed(autoclip.on_before_optimizer_step, hooks)  # type: ignore[method-assign]
     autoclip.on_train_batch_end = timed(autoclip.on_train_batch_end, rows)  # type: ignore[method-assign]
     shape = SHAPES[name]()
