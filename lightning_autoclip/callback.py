@@ -436,7 +436,7 @@ class GradientClipping(Callback):
         ]
 
     def _name_parameters(self, trace: Trace, optimizer: Optimizer, pl_module: LightningModule) -> None:
-        names = {id(parameter): _clean(name) for name, parameter in pl_module.named_parameters()}
+        names = _names(pl_module)
         parameters = list(parameters_of(optimizer))
         known = [names.get(id(parameter), f"parameter {i}") for i, parameter in enumerate(parameters)]
         # What FSDP1 leaves in a parameter is a part of it, of a size that says nothing.
@@ -498,7 +498,7 @@ class GradientClipping(Callback):
         self, error: NonFiniteGradientError, trainer: Trainer, pl_module: LightningModule
     ) -> NonFiniteGradientError:
         """The error with what only the Trainer knows: step, batch and the parameters' names."""
-        names = {id(parameter): _clean(name) for name, parameter in pl_module.named_parameters()}
+        names = _names(pl_module)
         bad = ", ".join(names.get(id(parameter), "(not in the model)") for parameter in error.parameters)
         which = f" They are: {bad}." if bad else ""  # an engine does not tell
         where = f"At optimizer step {trainer.global_step} (epoch {trainer.current_epoch}, batch {self._batch_idx}):"
@@ -593,7 +593,10 @@ def _prefixes(optimizers: list[Optimizer]) -> list[str]:
     return [f"autoclip/{name}/" for name in names]
 
 
-def _clean(name: str) -> str:
-    """A parameter's name as the user wrote it: without what wrappers (compile, FSDP, checkpointing) put in between."""
+def _names(pl_module: LightningModule) -> dict[int, str]:
+    """By a parameter's id its name as the user wrote it: without what wrappers put in between."""
     wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-    return ".".join(part for part in name.split(".") if part not in wrappers)
+    return {
+        id(parameter): ".".join(part for part in name.split(".") if part not in wrappers)
+        for name, parameter in pl_module.named_parameters()
+    }
