@@ -187,11 +187,7 @@ class GradientClipper:
             clipped_norm = _smaller(norm, threshold)
         record = StepRecord(norm, clipped_norm, statistic, threshold, self._nonfinite, parameter_norms)
         if self.nonfinite == "raise":
-            try:
-                raise_if_nonfinite(norm, norms, gradients, grad_scaler)
-            except NonFiniteGradientError as error:
-                error.record = record
-                raise
+            raise_if_nonfinite(record, norms, gradients, grad_scaler)
         if self.nonfinite != "ignore":
             skip_if_nonfinite(norm, gradients, optimizer, grad_scaler, pending=scale is not None)
         return record
@@ -210,9 +206,10 @@ class GradientClipper:
         norm = norm.to(torch.float32)
         number = norm.item() if _numbers.reads_are_free(norm.device) else norm
         threshold = self._decide(number, number)
+        record = StepRecord(number, _smaller(number, threshold), number, threshold, self._nonfinite)
         if self.nonfinite == "raise" and loss_scale <= 1 and not math.isfinite(number):
-            raise NonFiniteGradientError(f"The norm of the gradient is {float(number)}.", [])
-        return StepRecord(number, _smaller(number, threshold), number, threshold, self._nonfinite)
+            raise NonFiniteGradientError(f"The norm of the gradient is {float(number)}.", [], record)
+        return record
 
     def _decide(self, norm: Number, statistic: Number) -> Number:
         """Record the step and return its threshold."""

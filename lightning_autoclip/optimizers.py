@@ -23,11 +23,9 @@ class NonFiniteGradientError(RuntimeError):
         record: The `StepRecord` of the step, where there is one.
     """
 
-    record: Any = None
-
-    def __init__(self, message: str, parameters: list[Tensor]) -> None:
+    def __init__(self, message: str, parameters: list[Tensor], record: Any = None) -> None:
         super().__init__(message)
-        self.parameters = parameters
+        self.parameters, self.record = parameters, record
 
 
 def unwrapped(target: Any) -> Any:
@@ -66,10 +64,10 @@ def pending_scale(grad_scaler: GradScaler | None, optimizer: Any) -> Tensor | No
 
 
 def raise_if_nonfinite(
-    norm: Number, norms: list[float] | Tensor, gradients: Gradients, grad_scaler: GradScaler | None
+    record: Any, norms: list[float] | Tensor, gradients: Gradients, grad_scaler: GradScaler | None
 ) -> None:
     """Raise at a non-finite norm, unless a `GradScaler` may cure it by lowering its scale. Reads the host."""
-    if math.isfinite(norm):
+    if math.isfinite(record.norm):
         return
     if grad_scaler is not None and grad_scaler.is_enabled() and grad_scaler.get_scale() > 1:
         return
@@ -78,7 +76,7 @@ def raise_if_nonfinite(
     where = f"a NaN or an infinity in the gradient of {len(bad)} of {len(finite)} parameters"
     if not bad:
         where = "beyond float32" if gradients.shards is None else "not finite in what another process holds"
-    raise NonFiniteGradientError(f"The norm of the gradient is {float(norm)}: {where}.", bad)
+    raise NonFiniteGradientError(f"The norm of the gradient is {float(record.norm)}: {where}.", bad, record)
 
 
 def skip_if_nonfinite(

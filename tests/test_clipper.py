@@ -671,3 +671,14 @@ def test_the_percentile_is_float32_whatever_torchs_default(form, dtype):
         assert clip(ZScore(), with_gradient([3.0, 4.0], torch.float32)).threshold == 5
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_the_step_that_raise_stops_at_comes_with_its_record(form):
+    for measure in (
+        lambda clipper: clipper.clip_([with_gradient([math.inf])]),
+        lambda clipper: clipper.record_(torch.tensor(math.inf)),
+    ):
+        with pytest.raises(NonFiniteGradientError) as error:
+            measure(GradientClipper(Percentile(50), nonfinite="raise"))
+        assert float(error.value.record.norm) == math.inf
+        assert float(error.value.record.nonfinite_total) == 1
