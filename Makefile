@@ -1,4 +1,4 @@
-.PHONY: test lint types unit test-deepspeed demo bench fuzz clean
+.PHONY: test lint types unit test-deepspeed test-oldest test-zoo demo bench study study-quick fuzz docs dist clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -35,6 +35,27 @@ unit: $(READY)
 test-deepspeed: .venv-deepspeed/ready ## ZeRO 1, 2 and 3 on two CPU processes
 	.venv-deepspeed/bin/pytest -q tests/test_deepspeed.py
 
+# The oldest Lightning and torchmetrics that pyproject.toml allows, on the same torch. They ask for older helpers.
+.venv-oldest/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oldest
+	grep -vE '^(fsspec|lightning|packaging|pytorch-lightning|torchmetrics)==' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-oldest/constraints.txt \
+		-e ".[dev]" lightning==2.5.0 pytorch-lightning==2.5.0 torchmetrics==1.4.0
+	touch $@
+
+test-oldest: .venv-oldest/ready ## the oldest versions of Lightning and torchmetrics that are supported
+	.venv-oldest/bin/pytest -q
+
+.venv-zoo/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision
+	.venv-zoo/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt transformers timm -e .
+	touch $@
+
+test-zoo: .venv-zoo/ready ## models of transformers and timm, built from configs
+	.venv-zoo/bin/python examples/model_zoo.py
+
 demo: $(READY) ## train the example three times and draw what clipping did
 	$(BIN)/python examples/char_lm.py
 
@@ -43,8 +64,33 @@ bench: $(READY) ## what clipping adds to a step, beside Lightning and two packag
 		autoclip==0.2.1 smartclip==0.1.1
 	PYTHONPATH=build/peers $(BIN)/python examples/benchmarks/overhead.py
 
+study: $(READY) ## one percentile against a sweep of thresholds; an hour or more, goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python examples/study/study.py --docs docs
+
+study-quick: $(READY) ## the same in two minutes, on five tasks
+	OMP_NUM_THREADS=1 $(BIN)/python examples/study/study.py --quick
+
 fuzz: $(READY) ## 100,000 random histories against numpy
 	$(BIN)/python tests/fuzz_percentile.py
 
+# The site has an environment of its own, without torch: the package is read, not imported.
+.venv-docs/ready: constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
+
+docs: .venv-docs/ready ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+
+dist: $(READY) ## a wheel and an sdist, tried in an environment of their own
+	rm -rf dist build/lib build/smoke
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build
+	$(BIN)/python -m build
+	$(PYTHON) -m venv build/smoke
+	build/smoke/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	build/smoke/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build/smoke && bin/python ../../tests/smoke.py
+
 clean:
-	rm -rf .venv .venv-deepspeed build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

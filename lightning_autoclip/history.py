@@ -98,10 +98,10 @@ class History(Metric):
         self.window = window
         capacity = _FIRST_CAPACITY if window is None else min(window, _FIRST_CAPACITY)
         empty = torch.full((capacity,), _INF, dtype=torch.float32)
+        self.add_state("length", torch.tensor(window or 0))  # first: torchmetrics 1.4 compares no other to merge
         self.add_state("values", empty, persistent=True)
         self.add_state("count", torch.zeros((), dtype=torch.int64), persistent=True)
         self.add_state("sorted", torch.cat((-empty[:1], empty, empty[:1])))
-        self.add_state("length", torch.tensor(window or 0))
         self._spare = self.sorted.clone()  # what the next sorted record is written to
         self._memory: Any = None  # of the tensors above, and which they were
 

