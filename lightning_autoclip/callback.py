@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -36,11 +37,15 @@ from lightning_autoclip.wandb import alert, describe_run, finite_part, is_wandb,
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# The LightningCLI of `pytorch_lightning`, and before 2.6 its Trainer, take nothing that is not of its own base class.
+# Who uses them has imported it; nobody else is made to.
+_OTHERS = (sys.modules["pytorch_lightning"].Callback,) if "pytorch_lightning" in sys.modules else ()
+
 _LAYER_DEPTH = 2  # of `log_layers=True`
 _ROWS_WITHOUT_LOGGING = 1024  # steps between two summaries with `Trainer(log_every_n_steps=0)`
 
 
-class GradientClipping(Callback):
+class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
     """Clips gradients at a threshold that a policy sets from the norms of past steps.
 
     Add it to the Trainer instead of ``gradient_clip_val``, once: a Trainer takes one clipping callback. Each optimizer

@@ -158,12 +158,13 @@ class GradientClipper:
         Raises:
             NonFiniteGradientError: With ``nonfinite="raise"``, at a NaN or an infinity.
             TypeError: ``target`` is neither an optimizer nor parameters, or the policy gave no single number.
-            ValueError: The clipper has served another optimizer before.
+            ValueError: The clipper has served another optimizer before, or FSDP1 shares its gradients and ``shards``
+                are not given.
         """
         target = unwrapped(target)
         optimizer = target if hasattr(target, "param_groups") else None
         if optimizer is not None:
-            self._bind(optimizer)
+            self._bind(optimizer, shards)
         gradients = Gradients.of(parameters_of(target), shards)
         if not gradients.tensors and gradients.shards is None:
             return None
@@ -251,7 +252,7 @@ class GradientClipper:
         """How many steps so far had a NaN or an infinity in their gradient. Reads the host."""
         return int(self._nonfinite)
 
-    def _bind(self, optimizer: Any) -> None:
+    def _bind(self, optimizer: Any, shards: Mapping[Tensor, Shard] | None) -> None:
         forget_found_inf(optimizer)  # of a step that was given up
         served = None if self._optimizer is None else self._optimizer()
         if served is optimizer:
@@ -261,6 +262,13 @@ class GradientClipper:
                 "Expected `clip_` to be called with the optimizer it was called with first, but got another one, whose"
                 " norms would mix with the first one's. Use one `GradientClipper` per optimizer, or call `release()`"
                 " if this optimizer takes the other's place."
+            )
+        flat = any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters_of(optimizer))
+        if flat and shards is None and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                "Expected `shards` beside an optimizer of `FullyShardedDataParallel` parameters: without them each"
+                " process would clip its part at a threshold of its own. Shard with `fully_shard` (FSDP2), whose"
+                " gradients tell what is held, or use a Trainer with the callback."
             )
         self._optimizer = weakref.ref(optimizer)
         if steps_with_found_inf(optimizer):

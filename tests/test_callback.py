@@ -27,6 +27,7 @@ from lightning.pytorch.strategies import (
     XLAStrategy,
 )
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning_utilities.core.imports import RequirementCache
 from torch import nn
 
 from lightning_autoclip import (
@@ -104,6 +105,10 @@ def test_a_callback_does_not_pickle_the_model_with_it():
     assert torch.equal(copy.clippers[0].history.recorded, autoclip.clippers[0].history.recorded)
 
 
+@pytest.mark.skipif(
+    not RequirementCache("pytorch-lightning>=2.6"),
+    reason="Before 2.6 its Trainer asks for its own Callback class: tests/test_pytorch_lightning.py has it.",
+)
 def test_it_works_in_a_trainer_of_pytorch_lightning():
     class Theirs(pl.LightningModule):
         def __init__(self):
@@ -155,6 +160,10 @@ def test_what_a_refused_resume_has_loaded_is_not_taken_for_a_new_training(tmp_pa
     assert autoclip.clippers[0].steps == 16
 
 
+@pytest.mark.skipif(
+    not RequirementCache("lightning>=2.5.3"),
+    reason="Before 2.5.3 Lightning leaves out, after the search, as many batches as the search took.",
+)
 def test_the_learning_rate_finder_leaves_record_and_user_alone():
     autoclip, model = AutoClip(), Net()
     model.lr = 0.1
