@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -14,8 +15,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from lightning_autoclip._checks import check_bool, check_integer, check_number
-from lightning_autoclip.clipper import Algorithm, GradientClipper, NonFinite, StepRecord
+from lightning_autoclip.clipper import Algorithm, GradientClipper, NonFinite, StepRecord, clip_together_
 from lightning_autoclip.gradients import Shard
+from lightning_autoclip.groups import Groups, check_groups, groups_by_name, positions_by_group
 from lightning_autoclip.optimizers import NonFiniteGradientError, parameters_of
 from lightning_autoclip.plot import plot_of
 from lightning_autoclip.policies import Percentile, Policy
@@ -61,6 +63,9 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
         nonfinite: What happens to a step whose gradient holds a NaN or an infinity: ``"skip"``, ``"raise"`` or
             ``"ignore"``; see `GradientClipper`.
+        groups: Groups of parameters that each have a record, a threshold, keys and a section of the report of their
+            own: ``"param_groups"`` for those of the optimizer, or patterns of parameter names by the group's name, such
+            as ``{"encoder": "encoder.*", "heads": ["policy.*", "value.*"]}``; ``rest`` is what none of them matches.
         log_every_step: Also log the exact series ``autoclip/step/grad_norm`` and ``autoclip/step/threshold``.
         log_layers: Also log each module's mean share in the squared norm, from 0 to 1, under ``autoclip_layers/``: of
             modules two names deep, or as many as the number says.
@@ -85,6 +90,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         warmup_steps: int = 0,
         max_threshold: float | None = None,
         nonfinite: NonFinite = "skip",
+        groups: Groups | None = None,
         log_every_step: bool = False,
         log_layers: bool | int = False,
         log_histogram: bool = False,
@@ -92,6 +98,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         verbose: bool = True,
     ) -> None:
         self.policy = policy
+        self.groups = check_groups(groups)
         self.log_every_step = check_bool("log_every_step", log_every_step)
         depth = int(log_layers) * _LAYER_DEPTH if isinstance(log_layers, bool) else log_layers
         self.layer_depth = check_integer("log_layers", depth, "a bool, or a number of names of at least 0", 0)
@@ -108,11 +115,12 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             max_threshold=max_threshold,
             nonfinite=nonfinite,
         ).arguments
-        self.clippers: list[GradientClipper] = []  # one per optimizer
+        self.clippers: list[GradientClipper] = []  # one per optimizer, or per group of its parameters
         self.traces: dict[str, Trace] = {}  # likewise, by the prefix of its keys
         self._has_scaler = False
         self._mixed = False  # whether the run has had several policies
-        self._recorders: list[Recorder] = []
+        self._recorders: list[Recorder] = []  # likewise
+        self._members: list[dict[int, list[int]]] = []  # per optimizer: by its clippers, which parameters they clip
         self._steps_seen: list[int | None] = []  # per optimizer: `global_step` when the hook ran last
         self._first_batch: list[int | None] = []  # per optimizer: of the accumulation window
         self._stage: str | None = None
@@ -135,7 +143,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         policy: Any = self.policy
         known = dataclasses.is_dataclass(policy)
         fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)} if known else {}
-        return {"policy": {"name": type(policy).__qualname__, **fields}, **self._arguments}
+        return {"policy": {"name": type(policy).__qualname__, **fields}, **self._arguments, "groups": self.groups}
 
     @property
     def _settings_of_run(self) -> dict[str, Any]:
@@ -143,7 +151,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         return self.settings | ({"policy": {"name": "several"}} if self._mixed else {})
 
     def __repr__(self) -> str:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self._arguments.items())
+        given = self._arguments if self.groups is None else {**self._arguments, "groups": self.groups}
+        arguments = ", ".join(f"{key}={value!r}" for key, value in given.items())
         return f"{type(self).__name__}({self.policy!r}, {arguments})"
 
     # --- start of fit -------------------------------------------------------------------------------------------------
@@ -178,7 +187,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         check_strategy(trainer.strategy, self._arguments["gradient_clip_algorithm"])
         check_precision(trainer.precision_plugin)
         if self._trained and trainer.global_step == 0:  # fitting on with the same Trainer keeps the record
-            self.clippers, self.traces, self._mixed = [], {}, False
+            self.clippers, self.traces, self._members, self._mixed = [], {}, [], False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give each optimizer its clipper, or check that the restored ones fit."""
@@ -188,23 +197,21 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
                 "LBFGS computes its gradients several times per step and searches along them; clipping them breaks the"
                 f" search. Remove `{type(self).__name__}` or use another optimizer."
             )
-        if not self.clippers:
-            self.clippers = [self._new_clipper() for _ in optimizers]
-        elif len(self.clippers) != len(optimizers):
-            raise MisconfigurationException(
-                f"`{type(self).__name__}` holds the records of {len(self.clippers)} optimizers, but the model has"
-                f" {len(optimizers)}. Resume with the optimizers that the run was started with."
-            )
         self._shards = gradient_shards(trainer)
         self._has_scaler = grad_scaler(trainer) is not None
         self._engine = zero_engine(trainer, skips=self._arguments["nonfinite"] == "skip")
-        self._recorders = self._new_recorders(optimizers, pl_module)
+        if self._engine is not None and self.groups is not None:
+            raise MisconfigurationException(
+                "DeepSpeed measures and clips the whole gradient, so it has no `groups`. Remove them, or use FSDP."
+            )
+        self._take_up(optimizers, pl_module)
+        self._recorders = [self._new_recorder(prefix) for prefix in self.traces]
         self._steps_seen, self._first_batch = [None] * len(optimizers), [None] * len(optimizers)
         self._batch_idx, self._trained = None, True
         for clipper in self.clippers:
             clipper.release()  # a second fit has new optimizers
             clipper.clipped_norm_every = min(max((_log_every(trainer) or 50) // 5, 1), 10)  # five times per row
-        self._told, self._has_told = sum(clipper.nonfinite_total for clipper in self.clippers), False
+        self._told, self._has_told = self._total("nonfinite_total"), False
         if trainer.is_global_zero and _log_every(trainer):
             keys = [key for recorder in self._recorders for key in recorder.keys]
             for logger in filter(is_wandb, trainer.loggers):
@@ -239,11 +246,11 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             )
         self._steps_seen[index] = trainer.global_step
         try:
-            record = self._clip(self.clippers[index], optimizer, scaler)
+            records = self._clip(index, trainer.optimizers, pl_module, scaler)
         except NonFiniteGradientError as error:
-            self._keep(trainer, pl_module, index, error.record)
+            self._keep(trainer, pl_module, index, error.records)
             raise self._located(error, trainer, pl_module) from None
-        self._keep(trainer, pl_module, index, record)
+        self._keep(trainer, pl_module, index, records)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -303,7 +310,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         """Warn of a checkpoint that was written without this callback."""
         began = checkpoint["global_step"] > 0  # the learning rate finder's checkpoint is of step 0
         if self._stage == "fit" and began and not checkpoint["callbacks"].get(self.state_key):
-            self.clippers, self.traces = [], {}
+            self.clippers, self.traces, self._members = [], {}, []
             rank_zero_warn(
                 f"The checkpoint was written without `{type(self).__name__}`, so the record of gradient norms starts"
                 " empty: the first thresholds come from few steps. Use `warmup_steps` to observe first."
@@ -350,6 +357,13 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
                 f"The checkpoint's state of `{self.state_key}` is damaged or not of this callback ({error!r}). Resume"
                 " from another checkpoint, or delete that entry to start with an empty record."
             ) from error
+        if len(clippers) != len(self.clippers):
+            self._members = []  # known once there are optimizers
+        # In the middle of a fit, where the learning rate finder takes trial steps back, what runs goes on with these.
+        for clipper, before in zip(clippers, self.clippers, strict=False):
+            clipper.clipped_norm_every = before.clipped_norm_every
+        for recorder, trace in zip(self._recorders, traces.values(), strict=False):
+            recorder.trace = trace
         self.clippers, self.traces, self._has_scaler = clippers, traces, bool(state_dict["has_scaler"])
         self._trained = self._stage == "fit"  # by hand, it is for the fit to come
 
@@ -395,25 +409,38 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
     def _new_clipper(self) -> GradientClipper:
         return GradientClipper(self.policy, **self._arguments)
 
-    def _clip(self, clipper: GradientClipper, optimizer: Optimizer, scaler: GradScaler | None) -> StepRecord | None:
-        if self._engine is None:
-            return clipper.clip_(optimizer, scaler, self._shards)
-        record = clipper.record_(self._engine.norm(), self._engine.optimizer.loss_scale)
-        self._engine.clip_at(record.threshold)
-        return record
+    def _clip(
+        self, index: int, optimizers: list[Optimizer], pl_module: LightningModule, scaler: GradScaler | None
+    ) -> Sequence[StepRecord | None]:
+        optimizer = optimizers[index]
+        if self._engine is not None:
+            record = self.clippers[index].record_(self._engine.norm(), self._engine.optimizer.loss_scale)
+            self._engine.clip_at(record.threshold)
+            return [record]
+        if self.groups is None:
+            return [self.clippers[index].clip_(optimizer, scaler, self._shards)]
+        members = self._members[index]
+        if sum(map(len, members.values())) != sum(len(group["params"]) for group in optimizer.param_groups):
+            members = self._members[index] = self._take_in(index, optimizers, pl_module)
+        clippers = [self.clippers[i] for i in members]
+        return clip_together_(clippers, optimizer, list(members.values()), scaler, self._shards)
 
-    def _keep(self, trainer: Trainer, pl_module: LightningModule, index: int, record: StepRecord | None) -> None:
-        """Hand a step's record to its recorder, with what only the Trainer knows."""
+    def _keep(
+        self, trainer: Trainer, pl_module: LightningModule, index: int, records: Sequence[StepRecord | None]
+    ) -> None:
+        """Hand a step's records to their recorders, with what only the Trainer knows."""
         last, first = self._batch_idx or 0, self._first_batch[index]
         self._first_batch[index] = None
-        if record is None:
-            return
-        recorder, norms = self._recorders[index], record.parameter_norms
-        if norms is not None and len(norms) != len(recorder.trace.names):  # parameters have joined
-            self._flush(trainer)
-            self._name_parameters(recorder.trace, trainer.optimizers[index], pl_module)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        recorder.add(record, Where(step, trainer.current_epoch, last if first is None else first, last))
+        where = Where(step, trainer.current_epoch, last if first is None else first, last)
+        for i, record in zip(self._members[index], records, strict=True):
+            if record is None:
+                continue
+            recorder, norms = self._recorders[i], record.parameter_norms
+            if norms is not None and len(norms) != len(recorder.trace.names):  # parameters have joined
+                self._flush(trainer)
+                self._name_parameters(recorder.trace, trainer.optimizers[index], pl_module, self._members[index][i])
+            recorder.add(record, where)
 
     def _compare_settings(self, written: dict[str, Any]) -> None:
         changed = {key: value for key, value in self.settings.items() if written[key] != value}
@@ -423,29 +450,82 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
                 " whose thresholds have another unit. Resume with that algorithm, or delete"
                 f" `checkpoint['callbacks']['{self.state_key}']` to start with an empty record."
             )
+        kinds = [sorted(one) if isinstance(one, dict) else one for one in (written["groups"], self.groups)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                f"The checkpoint's records were made with groups={written['groups']!r}, but this run has"
+                f" groups={self.groups!r}. Resume with those groups, or delete"
+                f" `checkpoint['callbacks']['{self.state_key}']` to start with empty records."
+            )
         self._mixed = self._mixed or "policy" in changed
         if changed:
             was = ", ".join(f"{key}={written[key]!r}" for key in changed)
             now = ", ".join(f"{key}={value!r}" for key, value in changed.items())
             rank_zero_warn(f"The checkpoint was written with {was}; this run goes on with {now} on the same record.")
 
-    def _new_recorders(self, optimizers: list[Optimizer], pl_module: LightningModule) -> list[Recorder]:
-        """One per optimizer, whose trace goes on where it was."""
-        by_value = self._arguments["gradient_clip_algorithm"] == "value"
-        self.traces = {prefix: self.traces.get(prefix, Trace()) for prefix in _prefixes(optimizers)}
-        for trace, optimizer in zip(self.traces.values(), optimizers, strict=True):
-            self._name_parameters(trace, optimizer, pl_module)
-        return [
-            Recorder(prefix, by_value, self.log_every_step, self.layer_depth, trace)
-            for prefix, trace in self.traces.items()
-        ]
+    def _take_up(self, optimizers: list[Optimizer], pl_module: LightningModule) -> None:
+        """Give each optimizer, or each group, its clipper and its trace: those that were restored, or new ones."""
+        own = list(zip(_prefixes(optimizers), optimizers, strict=True))
+        found = [{prefix + group: at for group, at in self._groups(one, pl_module).items()} for prefix, one in own]
+        prefixes = [prefix for of_optimizer in found for prefix in of_optimizer]
+        held = dict(zip(self.traces, self.clippers, strict=False))
+        fits = len(self.clippers) == len(prefixes) and (self.groups is None or held.keys() == set(prefixes))
+        if self.clippers and not fits:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}` holds {len(self.clippers)} records ({', '.join(held)}), but this run needs"
+                f" {len(prefixes)} ({', '.join(prefixes)}). Resume with the optimizers and the groups that the run was"
+                " started with."
+            )
+        if not self.clippers:
+            self.clippers = [self._new_clipper() for _ in prefixes]
+        elif self.groups is not None:
+            self.clippers = [held[prefix] for prefix in prefixes]
+        self.traces = {prefix: self.traces.get(prefix, Trace()) for prefix in prefixes}
+        self._members = []
+        for (_, optimizer), of_optimizer in zip(own, found, strict=True):
+            self._members.append({prefixes.index(prefix): at for prefix, at in of_optimizer.items()})
+            for prefix, at in of_optimizer.items():
+                self._name_parameters(self.traces[prefix], optimizer, pl_module, at)
 
-    def _name_parameters(self, trace: Trace, optimizer: Optimizer, pl_module: LightningModule) -> None:
-        names = _names(pl_module)
-        parameters = list(parameters_of(optimizer))
-        known = [names.get(id(parameter), f"parameter {i}") for i, parameter in enumerate(parameters)]
+    def _take_in(self, index: int, optimizers: list[Optimizer], pl_module: LightningModule) -> dict[int, list[int]]:
+        """Parameters have joined an optimizer during the fit: which clippers they belong to, maybe a new one."""
+        prefix, prefixes, members = _prefixes(optimizers)[index], list(self.traces), {}
+        for group, positions in self._groups(optimizers[index], pl_module).items():
+            if prefix + group not in self.traces:
+                prefixes.append(prefix + group)
+                self.traces[prefix + group] = Trace()
+                self.clippers.append(self._new_clipper())
+                self.clippers[-1].clipped_norm_every = self.clippers[0].clipped_norm_every
+                self._recorders.append(self._new_recorder(prefix + group))
+            members[prefixes.index(prefix + group)] = positions
+        return members
+
+    def _groups(self, optimizer: Optimizer, pl_module: LightningModule) -> dict[str, list[int]]:
+        """The parameters of an optimizer by group, whose names end in a slash; all under no name without groups."""
+        if self.groups is None:
+            return {"": list(range(len(list(parameters_of(optimizer)))))}
+        names, group_of = _names(pl_module), None
+        if not isinstance(self.groups, str):
+            by_name = groups_by_name(self.groups, names.values())
+            group_of = {key: by_name[name] for key, name in names.items() if name in by_name}
+        return {f"{group}/": at for group, at in positions_by_group(optimizer, group_of).items()}
+
+    def _new_recorder(self, prefix: str) -> Recorder:
+        by_value = self._arguments["gradient_clip_algorithm"] == "value"
+        return Recorder(prefix, by_value, self.log_every_step, self.layer_depth, self.traces[prefix])
+
+    def _name_parameters(
+        self, trace: Trace, optimizer: Optimizer, pl_module: LightningModule, positions: Sequence[int]
+    ) -> None:
+        names, parameters = _names(pl_module), list(parameters_of(optimizer))
+        chosen = [(i, parameters[i]) for i in positions] if self.groups is not None else list(enumerate(parameters))
+        known = [names.get(id(parameter), f"parameter {i}") for i, parameter in chosen]
         # What FSDP1 leaves in a parameter is a part of it, of a size that says nothing.
-        trace.follow(known, [0 if self._shards else parameter.numel() for parameter in parameters])
+        trace.follow(known, [0 if self._shards else parameter.numel() for _, parameter in chosen])
+
+    def _total(self, count: str) -> int:
+        """Of all steps of all optimizers; the groups of one have the same steps."""
+        return sum(max((getattr(self.clippers[i], count) for i in members), default=0) for members in self._members)
 
     def _flush(self, trainer: Trainer) -> None:
         """Send what is held to every logger."""
@@ -483,13 +563,13 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         reaction = self._arguments["nonfinite"]
         if reaction == "raise" or grad_scaler(trainer) is not None:
             return  # with a `GradScaler` overflows are the way in which it finds its scale
-        total = sum(clipper.nonfinite_total for clipper in self.clippers)
+        total = self._total("nonfinite_total")
         if total <= self._told:
             return
         self._told, self._has_told = total, True
         done = "applied as they were" if reaction == "ignore" and self._engine is None else "left out"
         rank_zero_warn(
-            f"{total} of {sum(clipper.steps for clipper in self.clippers)} optimizer steps so far had a NaN or an"
+            f"{total} of {self._total('steps')} optimizer steps so far had a NaN or an"
             f" infinity in their gradient and were {done}. `spikes()` of the callback names batches and parameters;"
             ' `nonfinite="raise"` stops at such a step.'
         )
@@ -510,6 +590,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         return NonFiniteGradientError(
             f'{where} {error}{which} Look at that batch, or use `nonfinite="skip"` to leave such steps out.',
             error.parameters,
+            error.records,
         )
 
 
@@ -558,6 +639,7 @@ class AutoClip(GradientClipping):
         warmup_steps: int = 0,
         max_threshold: float | None = None,
         nonfinite: NonFinite = "skip",
+        groups: Groups | None = None,
         log_every_step: bool = False,
         log_layers: bool | int = False,
         log_histogram: bool = False,
@@ -573,6 +655,7 @@ class AutoClip(GradientClipping):
             warmup_steps=warmup_steps,
             max_threshold=max_threshold,
             nonfinite=nonfinite,
+            groups=groups,
             log_every_step=log_every_step,
             log_layers=log_layers,
             log_histogram=log_histogram,

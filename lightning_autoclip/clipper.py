@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_autoclip import _numbers
 from lightning_autoclip._checks import check_choice, check_integer, check_positive
 from lightning_autoclip._numbers import Number, single
-from lightning_autoclip.gradients import Gradients, Shard
+from lightning_autoclip.gradients import Gradients, Shard, at_positions, norm_of
 from lightning_autoclip.history import History
 from lightning_autoclip.optimizers import (
     NonFiniteGradientError,
@@ -161,37 +161,7 @@ class GradientClipper:
             ValueError: The clipper has served another optimizer before, or FSDP1 shares its gradients and ``shards``
                 are not given.
         """
-        target = unwrapped(target)
-        optimizer = target if hasattr(target, "param_groups") else None
-        if optimizer is not None:
-            self._bind(optimizer, shards)
-        gradients = Gradients.of(parameters_of(target), shards)
-        if not gradients.tensors and gradients.shards is None:
-            return None
-        scale: Number | None = pending_scale(grad_scaler, optimizer)
-        if scale is not None and self.nonfinite != "ignore" and must_not_skip_itself(optimizer):
-            grad_scaler.unscale_(optimizer)  # type: ignore[union-attr, arg-type]
-            scale = None
-        norms = gradients.norms()
-        by_value = self.gradient_clip_algorithm == "value"
-        norm, numel, parameter_norms = gradients.whole(norms, with_numel=by_value)
-        if scale is not None:
-            scale = float(scale) if isinstance(norm, float) else torch.as_tensor(scale, device=norm.device)
-            norm = _divided(norm, scale)
-        statistic = _divided(norm, numel**0.5) if by_value else norm
-        threshold = self._decide(norm, statistic)
-        if by_value:
-            gradients.clip_value_(norm, threshold if scale is None else threshold * scale)
-            clipped_norm = self._clipped_norm(norm, scale, gradients)
-        else:  # the factor is a ratio: the same at every loss scale
-            gradients.clip_norm_(norm, threshold)
-            clipped_norm = _smaller(norm, threshold)
-        record = StepRecord(norm, clipped_norm, statistic, threshold, self._nonfinite, parameter_norms)
-        if self.nonfinite == "raise":
-            raise_if_nonfinite(record, norms, gradients, grad_scaler)
-        if self.nonfinite != "ignore":
-            skip_if_nonfinite(norm, gradients, optimizer, grad_scaler, pending=scale is not None)
-        return record
+        return clip_together_([self], target, None, grad_scaler, shards)[0]
 
     @torch.no_grad()
     def record_(self, norm: Tensor, loss_scale: float = 1.0) -> StepRecord:
@@ -209,11 +179,16 @@ class GradientClipper:
         threshold = self._decide(number, number)
         record = StepRecord(number, _smaller(number, threshold), number, threshold, self._nonfinite)
         if self.nonfinite == "raise" and loss_scale <= 1 and not math.isfinite(number):
-            raise NonFiniteGradientError(f"The norm of the gradient is {float(number)}.", [], record)
+            raise NonFiniteGradientError(f"The norm of the gradient is {float(number)}.", [], [record])
         return record
 
     def _decide(self, norm: Number, statistic: Number) -> Number:
-        """Record the step and return its threshold."""
+        """Record the step and return its threshold.
+
+        Args:
+            norm: Of the whole gradient, of which this clipper may have a part: whether the step counts.
+            statistic: Of this clipper's part: what is recorded.
+        """
         history = self.history
         device = norm.device if isinstance(norm, Tensor) else _CPU
         if history.values.device != device:
@@ -223,29 +198,30 @@ class GradientClipper:
         # A gradient of exactly zero moves nothing and tells no scale; enough of them (hinge losses, masked batches)
         # would pull a percentile to zero and stop the training for good.
         if not isinstance(norm, Tensor) or not isinstance(statistic, Tensor):
-            self._nonfinite += not norm < math.inf
-            if statistic > 0:
+            finite = norm < math.inf
+            self._nonfinite += not finite
+            if finite and statistic > 0:
                 history.record(statistic)
             limit, (norms, count) = single(self.max_threshold), history.on_host()
             if not count or self.steps <= self.warmup_steps:
                 return limit
             return min(single(self.policy.on_host(norms, count)), limit)
-        self._nonfinite = self._nonfinite + (norm < math.inf).logical_not().to(torch.float32)
-        history.record(torch.where(statistic > 0, statistic, math.nan))
+        finite = norm < math.inf
+        self._nonfinite = self._nonfinite + finite.logical_not().to(torch.float32)
+        history.record(torch.where(finite & (statistic > 0), statistic, math.nan))
         if self.steps <= self.warmup_steps:
             return norm.new_full((), self.max_threshold)
         threshold = threshold_of(self.policy, history.ordered, history.size)
         return torch.where(history.count > 0, threshold, math.inf).clamp(max=self.max_threshold)
 
-    def _clipped_norm(self, norm: Number, scale: Number | None, gradients: Gradients) -> Number:
-        """By value, the norm after clipping: one more read of the gradients, where it is asked for."""
+    def _is_measured(self, norm: Number) -> bool:
+        """By value, whether the norm after clipping is measured at this step: it is one more read of the gradients."""
         if self._until_measured > 0:
             self._until_measured -= 1
-            return math.nan if isinstance(norm, float) else torch.full_like(norm, math.nan)
+            return False
         if isinstance(norm, Tensor) or norm < math.inf:  # else the next one
             self._until_measured = self.clipped_norm_every - 1
-        clipped_norm, _, _ = gradients.whole(gradients.norms())
-        return clipped_norm if scale is None else _divided(clipped_norm, scale)
+        return True
 
     @property
     def nonfinite_total(self) -> int:
@@ -312,6 +288,104 @@ class GradientClipper:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None}  # a weak reference does not pickle
+
+
+@torch.no_grad()
+def clip_together_(
+    clippers: Sequence[GradientClipper],
+    target: Optimizer | Tensor | Iterable[Tensor],
+    groups: Sequence[Sequence[int]] | None = None,
+    grad_scaler: GradScaler | None = None,
+    shards: Mapping[Tensor, Shard] | None = None,
+) -> list[StepRecord | None]:
+    """Clip groups of an optimizer's parameters, each at a threshold of its own: one pass, and one collective for all.
+
+    A NaN or an infinity in one group is one of the step: it enters no record, and with ``nonfinite="skip"`` no weight
+    of any group moves.
+
+    Args:
+        clippers: One per group, alike in everything but their records.
+        target: As in :meth:`GradientClipper.clip_`.
+        groups: Of each clipper its parameters, as positions among those of ``target``. Together they hold each
+            parameter once. ``None``: the one clipper has all.
+        grad_scaler: As in :meth:`GradientClipper.clip_`.
+        shards: As in :meth:`GradientClipper.clip_`.
+
+    Returns:
+        A record per clipper; ``None`` where no parameter of its group has a gradient.
+    """
+    target = unwrapped(target)
+    optimizer = target if hasattr(target, "param_groups") else None
+    for clipper in clippers if optimizer is not None else ():
+        clipper._bind(optimizer, shards)
+    parameters = list(parameters_of(target))
+    gradients = Gradients.of(parameters, shards)
+    if not gradients.tensors and gradients.shards is None:
+        return [None] * len(clippers)
+    nonfinite, by_value = clippers[0].nonfinite, clippers[0].gradient_clip_algorithm == "value"
+    scale: Number | None = pending_scale(grad_scaler, optimizer)
+    if scale is not None and nonfinite != "ignore" and must_not_skip_itself(optimizer):
+        grad_scaler.unscale_(optimizer)  # type: ignore[union-attr, arg-type]
+        scale = None
+    parts = [gradients] if groups is None else [gradients.part(positions) for positions in groups]
+    norms = gradients.norms()
+    norm, numels, of_all = gradients.whole(norms, [part.numel() for part in parts] if by_value else ())
+    if scale is not None:
+        scale = float(scale) if isinstance(norm, float) else torch.as_tensor(scale, device=norm.device)
+        norm = _divided(norm, scale)
+    records: list[StepRecord | None] = []
+    for i, (clipper, part) in enumerate(zip(clippers, parts, strict=True)):
+        is_frozen = groups is not None and not any(parameters[at].requires_grad for at in groups[i])
+        if not part.tensors and (part.shards is None or is_frozen):  # frozen is the same on every process
+            records.append(None)
+            continue
+        own, own_norms = (norm, of_all) if groups is None else _of_group(of_all, groups[i], scale)
+        statistic = _divided(own, numels[i] ** 0.5) if by_value else own
+        threshold = clipper._decide(norm, statistic)
+        if by_value:
+            part.clip_value_(own, threshold if scale is None else threshold * scale)
+        else:  # the factor is a ratio: the same at every loss scale
+            part.clip_norm_(own, threshold)
+        records.append(StepRecord(own, _smaller(own, threshold), statistic, threshold, clipper._nonfinite, own_norms))
+    if by_value:
+        records = _with_clipped_norms(records, clippers, gradients, groups, norm, scale)
+    if nonfinite == "raise":
+        raise_if_nonfinite(norm, norms, gradients, grad_scaler, records)
+    if nonfinite != "ignore":
+        skip_if_nonfinite(norm, gradients, optimizer, grad_scaler, pending=scale is not None)
+    return records
+
+
+def _with_clipped_norms(
+    records: list[StepRecord | None],
+    clippers: Sequence[GradientClipper],
+    gradients: Gradients,
+    groups: Sequence[Sequence[int]] | None,
+    norm: Number,
+    scale: Number | None,
+) -> list[StepRecord | None]:
+    """The records of clipping by value, with the norms after it where they are due: one more read of the gradients."""
+    pairs = zip(clippers, records, strict=True)
+    due = [record is not None and clipper._is_measured(norm) for clipper, record in pairs]
+    unknown = math.nan if isinstance(norm, float) else torch.full_like(norm, math.nan)
+    clipped = [unknown] * len(records)
+    if any(due):
+        whole, _, of_all = gradients.whole(gradients.norms())
+        whole = whole if scale is None else _divided(whole, scale)
+        clipped = [whole] if groups is None else [_of_group(of_all, positions, scale)[0] for positions in groups]
+    return [
+        None if record is None else record._replace(clipped_norm=after if is_due else unknown)
+        for record, after, is_due in zip(records, clipped, due, strict=True)
+    ]
+
+
+def _of_group(
+    norms: list[float] | Tensor, positions: Sequence[int], scale: Number | None
+) -> tuple[Number, list[float] | Tensor]:
+    """The norm of a group's gradients at their true scale, and those of its parameters."""
+    own = at_positions(norms, positions)
+    norm = norm_of(own)
+    return norm if scale is None else _divided(norm, scale), own
 
 
 def _divided(number: Number, divisor: Number) -> Number:

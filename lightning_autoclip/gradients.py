@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -120,41 +120,54 @@ class Gradients:
             spread[position] = norm
         return spread
 
+    def part(self, positions: Sequence[int]) -> Gradients:
+        """Those of the parameters that stand at these positions."""
+        places = set(positions)
+        kept = [i for i, position in enumerate(self.positions) if position in places]
+        return Gradients(
+            [self.parameters[i] for i in kept],
+            [self.tensors[i] for i in kept],
+            None if self.shards is None else [self.shards[i] for i in kept],
+            [self.positions[i] for i in kept],
+            self.count,
+            self.device,
+        )
+
     def whole(
-        self, norms: list[float] | Tensor, with_numel: bool = False
-    ) -> tuple[Number, Number, list[float] | Tensor]:
-        """L2 norm of all gradients of all processes, viewed as one vector, and the number of its entries.
+        self, norms: list[float] | Tensor, numels: Sequence[float] = ()
+    ) -> tuple[Number, list[Number], list[float] | Tensor]:
+        """L2 norm of all gradients of all processes, viewed as one vector.
 
         One collective where gradients are sharded, which every process must join; none elsewhere. Whether the norm is
         finite is the same on every process, since it is decided from the sum.
 
         Args:
             norms: What :meth:`norms` returned.
-            with_numel: Whether the entries are counted; the number is 1 if not.
+            numels: Counts of entries that are held here, to be summed over all processes as well.
 
         Returns:
-            The norm (a float32, equal on every process), the number of entries, and the norm of each parameter's whole
+            The norm (a float32, equal on every process), the sums of ``numels``, and the norm of each parameter's whole
             gradient as :meth:`of_all` arranges them.
         """
-        numel = self.numel() if with_numel else 1.0
         if self.shards is None:
-            whole = torch.linalg.vector_norm(norms) if isinstance(norms, Tensor) else single(math.hypot(*norms))
-            return whole.to(torch.float32) if isinstance(whole, Tensor) else whole, numel, self.of_all(norms)
+            return norm_of(norms), list(numels), self.of_all(norms)
         shares = tuple(shard.share for shard in self.shards)
         if isinstance(norms, Tensor):
             squares = self.of_all(norms.square() * _on_device(shares, norms.dtype, norms.device))
-            sums = torch.cat((torch.as_tensor(squares), norms.new_full((1,), numel))).to(torch.float32)
+            counts = _on_device(tuple(numels), torch.float32, norms.device)
+            sums = torch.cat((torch.as_tensor(squares).to(torch.float32), counts))
         else:
             squares = self.of_all([share * norm * norm for share, norm in zip(shares, norms, strict=True)])
-            sums = torch.tensor([*squares, numel], dtype=torch.float64)
+            sums = torch.tensor([*squares, *numels], dtype=torch.float64)
         if dist.get_backend() == "nccl":  # CPU offload: NCCL sums on GPUs only
             sums = sums.cuda()
         dist.all_reduce(sums)
         if isinstance(norms, Tensor):
-            squares, numel_of_all = sums[:-1].to(self.device), sums[-1].to(self.device)
-            return squares.sum().sqrt(), numel_of_all, squares.sqrt()
-        *squares, numel_of_all = sums.tolist()
-        return single(math.sqrt(math.fsum(squares))), numel_of_all, [math.sqrt(square) for square in squares]
+            sums = sums.to(self.device)
+            squares = sums[: self.count]
+            return squares.sum().sqrt(), list(sums[self.count :]), squares.sqrt()
+        squares, counted = sums.tolist()[: self.count], sums.tolist()[self.count :]
+        return single(math.sqrt(math.fsum(squares))), counted, [math.sqrt(square) for square in squares]
 
     def clip_norm_(self, norm: Number, threshold: Number) -> None:
         """Multiply every gradient by ``threshold / norm`` in place if the norm is finite and above the threshold.
@@ -166,7 +179,7 @@ class Gradients:
             threshold: In the same units.
         """
         if isinstance(norm, float):
-            if threshold < norm < math.inf:
+            if threshold < norm < math.inf and self.tensors:  # a rank may hold nothing of a group
                 torch._foreach_mul_(self.tensors, threshold / norm)
             return
         clips = (norm > threshold) & (norm < math.inf)
@@ -202,7 +215,21 @@ class Gradients:
             yield tensors, [scalar.to(device, non_blocking=True) for scalar in scalars]
 
 
-@lru_cache(maxsize=64)
+def norm_of(norms: list[float] | Tensor) -> Number:
+    """L2 norm of some norms, float32: a float of floats, a tensor of shape ``()`` of a tensor."""
+    if isinstance(norms, Tensor):
+        return torch.linalg.vector_norm(norms).to(torch.float32)  # type: ignore[no-any-return]
+    return single(math.hypot(*norms))
+
+
+def at_positions(norms: list[float] | Tensor, positions: Sequence[int]) -> list[float] | Tensor:
+    """Those of the norms of all parameters that stand at these positions, in their order."""
+    if isinstance(norms, Tensor):
+        return norms.index_select(0, _on_device(tuple(positions), torch.int64, norms.device))
+    return [norms[position] for position in positions]
+
+
+@lru_cache(maxsize=1024)  # an optimizer may have hundreds of groups
 def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same few lists at every step: copied to the device once."""
     return torch.tensor(values, dtype=dtype, device=device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -20,12 +20,12 @@ class NonFiniteGradientError(RuntimeError):
 
     Attributes:
         parameters: The parameters whose gradients were not finite.
-        record: The `StepRecord` of the step, where there is one.
+        records: What :func:`clip_together_` would have returned: a `StepRecord` per clipper, or ``None``.
     """
 
-    def __init__(self, message: str, parameters: list[Tensor], record: Any = None) -> None:
+    def __init__(self, message: str, parameters: list[Tensor], records: Sequence[Any]) -> None:
         super().__init__(message)
-        self.parameters, self.record = parameters, record
+        self.parameters, self.records = parameters, records
 
 
 def unwrapped(target: Any) -> Any:
@@ -64,10 +64,14 @@ def pending_scale(grad_scaler: GradScaler | None, optimizer: Any) -> Tensor | No
 
 
 def raise_if_nonfinite(
-    record: Any, norms: list[float] | Tensor, gradients: Gradients, grad_scaler: GradScaler | None
+    norm: Number,
+    norms: list[float] | Tensor,
+    gradients: Gradients,
+    grad_scaler: GradScaler | None,
+    records: Sequence[Any],
 ) -> None:
     """Raise at a non-finite norm, unless a `GradScaler` may cure it by lowering its scale. Reads the host."""
-    if math.isfinite(record.norm):
+    if math.isfinite(norm):
         return
     if grad_scaler is not None and grad_scaler.is_enabled() and grad_scaler.get_scale() > 1:
         return
@@ -76,7 +80,7 @@ def raise_if_nonfinite(
     where = f"a NaN or an infinity in the gradient of {len(bad)} of {len(finite)} parameters"
     if not bad:
         where = "beyond float32" if gradients.shards is None else "not finite in what another process holds"
-    raise NonFiniteGradientError(f"The norm of the gradient is {float(record.norm)}: {where}.", bad, record)
+    raise NonFiniteGradientError(f"The norm of the gradient is {float(norm)}: {where}.", bad, records)
 
 
 def skip_if_nonfinite(

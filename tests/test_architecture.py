@@ -12,7 +12,7 @@ import pytest
 import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
-_ARITHMETIC = ["_checks", "_numbers", "history", "policies", "gradients", "optimizers", "clipper"]
+_ARITHMETIC = ["_checks", "_numbers", "history", "policies", "gradients", "optimizers", "clipper", "groups"]
 _LOOKING_BACK = ["trace", "report", "plot", "recorded", "suggest", "__main__"]
 WITHOUT_LIGHTNING = [*_ARITHMETIC, *_LOOKING_BACK]
 ROOMS = [*WITHOUT_LIGHTNING, "strategies", "recorder", "wandb", "workspace", "tables", "callback", "__init__"]

@@ -164,9 +164,12 @@ def test_what_a_refused_resume_has_loaded_is_not_taken_for_a_new_training(tmp_pa
     not RequirementCache("lightning>=2.5.3"),
     reason="Before 2.5.3 Lightning leaves out, after the search, as many batches as the search took.",
 )
-def test_the_learning_rate_finder_leaves_record_and_user_alone():
+@pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
+def test_the_learning_rate_finder_leaves_record_and_user_alone(trained):
     autoclip, model = AutoClip(), Net()
     model.lr = 0.1
+    if trained:
+        trainer(autoclip).fit(Net(), loader())
     run = trainer(autoclip, LearningRateFinder(num_training_steps=5, update_attr=True))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

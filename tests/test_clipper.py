@@ -680,5 +680,5 @@ def test_the_step_that_raise_stops_at_comes_with_its_record(form):
     ):
         with pytest.raises(NonFiniteGradientError) as error:
             measure(GradientClipper(Percentile(50), nonfinite="raise"))
-        assert float(error.value.record.norm) == math.inf
-        assert float(error.value.record.nonfinite_total) == 1
+        assert float(error.value.records[0].norm) == math.inf
+        assert float(error.value.records[0].nonfinite_total) == 1

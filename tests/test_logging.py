@@ -404,7 +404,11 @@ def test_wandb_knows_each_metric_by_name_and_the_settings(tmp_path: Path, prefix
     summary = {"min": min(values), "max": max(values), "mean": sum(values) / 4, "last": values[-1]}
     assert run.summary[f"{name}grad_norm_max"] == pytest.approx(summary)
     settings = {"gradient_clip_algorithm": "norm", "window": WINDOW, "warmup_steps": 0, "max_threshold": None}
-    settings |= {"policy": {"name": "Percentile", "percentile": 50.0, "multiplier": 1.0}, "nonfinite": "skip"}
+    settings |= {
+        "policy": {"name": "Percentile", "percentile": 50.0, "multiplier": 1.0},
+        "nonfinite": "skip",
+        "groups": None,
+    }
     assert run.config["autoclip"] == settings
 
 

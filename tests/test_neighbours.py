@@ -320,7 +320,6 @@ def test_trial_steps_of_the_learning_rate_finder_leave_no_trace(tmp_path: Path) 
     assert rows_of(tmp_path / "found") == rows_of(tmp_path / "direct")
 
 
-@pytest.mark.xfail(reason="a state that is loaded in the middle of a fit replaces the traces that the rows go to")
 def test_the_learning_rate_may_be_sought_again_in_the_middle_of_training(tmp_path: Path) -> None:
     class Again(LearningRateFinder):
         """As in Lightning's documentation of the finder."""

@@ -1,0 +1,88 @@
+"""Groups of parameters that have a record and a threshold each: which parameter is in which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+PARAM_GROUPS = "param_groups"
+REST = "rest"
+Groups = Literal["param_groups"] | Mapping[str, str | Sequence[str]]
+_RESERVED = {REST: "holds what no pattern matches", "step": "is part of other keys"}
+
+
+def check_groups(groups: Any) -> str | dict[str, list[str]] | None:
+    """Return ``groups`` as plain values: ``None``, ``"param_groups"``, or patterns by the name of their group.
+
+    Raises:
+        TypeError: It is neither, or a pattern is no string.
+        ValueError: It is empty, or a name cannot be part of a key.
+    """
+    if groups is None or (isinstance(groups, str) and groups == PARAM_GROUPS):
+        return None if groups is None else PARAM_GROUPS
+    if not isinstance(groups, Mapping):
+        raise TypeError(
+            "Expected `groups` to be 'param_groups', or a mapping of names to patterns of parameter names such as"
+            f" {{'encoder': 'encoder.*'}}, but got {groups!r}."
+        )
+    checked = {}
+    for name, patterns in groups.items():
+        if not isinstance(name, str) or not name or "/" in name or name in _RESERVED:
+            why = f"{name!r} {_RESERVED.get(name, 'is none')}" if isinstance(name, str) else f"got {name!r}"
+            raise ValueError(f"Expected the names in `groups` to be words without a slash, but {why}.")
+        several = [patterns] if isinstance(patterns, str) else patterns
+        if not isinstance(several, Sequence) or not several or not all(isinstance(one, str) for one in several):
+            raise TypeError(f"Expected `groups[{name!r}]` to be a pattern or a list of them, but got {patterns!r}.")
+        checked[str.__str__(name)] = [str.__str__(one) for one in several]  # numpy's would not load from a checkpoint
+    if not checked:
+        raise ValueError("Expected `groups` to name at least one group, but got an empty mapping.")
+    return checked
+
+
+def groups_by_name(groups: Mapping[str, Sequence[str]], names: Iterable[str]) -> dict[str, str]:
+    """The group of each of the parameters' names that a pattern matches (`fnmatch`, case matters).
+
+    Raises:
+        ValueError: A pattern matches nothing, or a parameter is in two groups.
+    """
+    names = list(names)
+    found: dict[str, str] = {}
+    for group, patterns in groups.items():
+        for pattern in patterns:
+            matched = [name for name in names if fnmatchcase(name, pattern)]
+            if not matched:
+                some = ", ".join(names[:4])
+                raise ValueError(
+                    f"Expected each pattern in `groups` to match a parameter, but {pattern!r} of {group!r} matches"
+                    f" none. The model's are named {some}{', ...' if len(names) > 4 else ''}; `*` stands for anything."
+                )
+            for name in matched:
+                if found.setdefault(name, group) != group:
+                    raise ValueError(
+                        f"Expected the groups not to overlap, but {name!r} is in {found[name]!r} and in {group!r}."
+                    )
+    return found
+
+
+def positions_by_group(optimizer: Any, group_of: Mapping[int, str] | None) -> dict[str, list[int]]:
+    """Where the parameters of each group stand among all parameters of an optimizer; empty groups are left out.
+
+    Args:
+        optimizer: The optimizer.
+        group_of: By a parameter's id its group, ``rest`` of those that are not there; ``None``: the optimizer's own
+            groups, by their ``"name"``, else ``pg1``, ``pg2`` as `LearningRateMonitor` calls them.
+
+    Raises:
+        ValueError: Two groups of the optimizer have the same name.
+    """
+    found: dict[str, list[int]] = {}
+    position = 0
+    for number, param_group in enumerate(optimizer.param_groups, 1):
+        name = str(param_group.get("name") or f"pg{number}")
+        if group_of is None and name in found:
+            raise ValueError(f"Expected the optimizer's groups to have different names, but two are called {name!r}.")
+        for parameter in param_group["params"]:
+            found.setdefault(name if group_of is None else group_of.get(id(parameter), REST), []).append(position)
+            position += 1
+    return found

@@ -1,0 +1,107 @@
+"""Two processes decide of each group what one process would on the same global batches, with one collective for all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Batches, Net, run_on_two_ranks, trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+from test_groups import KEYS, LAYERS, Watch, autoclip, records
+from test_sharded import FSDP2, STRATEGIES
+from torch import distributed
+from torch.optim import SGD
+
+pytestmark = pytest.mark.distributed
+FACTORS = [20.0 if 48 <= row < 56 else 1.0 + row // 16 for row in range(80)]  # ten global batches of eight rows
+BIASES = {"biases": "*.bias"}  # under FSDP1 the first rank holds none of them
+FSDP1 = "FSDP1 FULL_SHARD original"
+RUNS = {f"{name} {algorithm}": (name, algorithm) for name in ("DDP", "FSDP2", FSDP1) for algorithm in ("norm", "value")}
+REDUCTIONS: list[str] = []  # of this process
+
+
+class Frozen(FSDP2):
+    """Its first layer does not learn."""
+
+    def configure_model(self):
+        super().configure_model()
+        self.net[0].requires_grad_(False)
+
+
+class Meter(Callback):
+    """Notes how many reductions there have been at each step: one before and one after the clipping."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, *args):
+        self.seen.append(len(REDUCTIONS))
+
+
+def train(net=Net, strategy="auto", algorithm="norm", groups=BIASES):
+    torch.manual_seed(0)
+    before, after, watch = Meter(), Meter(), Watch()
+    callback = autoclip(groups, gradient_clip_algorithm=algorithm, multiplier=1.0)
+    devices, options = 1 if strategy == "auto" else 2, {"log_every_n_steps": 1, "use_distributed_sampler": False}
+    run = trainer(before, callback, after, watch, max_epochs=2, strategy=strategy, devices=devices, **options)
+    run.fit(net(lambda parameters: SGD(parameters, lr=0.02, momentum=0.9)), datamodule=Batches(FACTORS))
+    reductions = [after - before for before, after in zip(before.seen, after.seen, strict=True)]
+    names = [trace.names for trace in callback.traces.values()]
+    return {"steps": watch.steps, "records": records(callback), "names": names, "reductions": reductions}
+
+
+def work(rank, folder, flat):
+    """Every run of one rank, of FSDP1 or of the other strategies; the other rank does the same."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # tells Lightning that the processes have been started
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{flat}", rank=rank, world_size=2)
+    all_reduce = distributed.all_reduce
+
+    def counted(*args, **kwargs):
+        REDUCTIONS.append("all_reduce")
+        return all_reduce(*args, **kwargs)
+
+    distributed.all_reduce = counted
+    for run, (name, algorithm) in RUNS.items():
+        if (name == FSDP1) == flat:
+            net, strategy = (Net, DDPStrategy) if name == "DDP" else STRATEGIES[name]
+            torch.save(train(net, strategy(), algorithm), f"{folder}/{run}-{rank}.pt")
+    if not flat:
+        torch.save(train(Frozen, STRATEGIES["FSDP2"][1](), groups=LAYERS), f"{folder}/frozen-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What the two ranks saw in a run."""
+    folder = tmp_path_factory.mktemp("groups")
+    for flat in (False, True):
+        run_on_two_ranks(work, str(folder), flat)
+    return lambda name: [torch.load(Path(folder, f"{name}-{rank}.pt")) for rank in range(2)]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_decide_alike_and_as_one_on_the_same_global_batches(run, ranks):
+    (first, second), one = ranks(run), train(algorithm=RUNS[run][1])
+    assert repr(first) == repr(second)
+    assert first["names"] == one["names"] == [["net.0.weight", "net.2.weight"], ["net.0.bias", "net.2.bias"]]
+    assert len(first["steps"]) == len(one["steps"]) == 20
+    for two, alone in zip(first["steps"], one["steps"], strict=True):
+        assert len(two) == 4
+        assert two == pytest.approx(alone, rel=1e-5)
+    assert any(step["autoclip/biases/grad_norm"] > step["autoclip/biases/threshold"] for step in first["steps"])
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run.endswith("norm")])
+def test_one_collective_serves_all_groups_of_a_step_where_gradients_are_shared(run, ranks):
+    assert [seen["reductions"] for seen in ranks(run)] == [[0 if run.startswith("DDP") else 1] * 20] * 2
+
+
+def test_a_frozen_group_of_shared_gradients_records_no_step(ranks):
+    first, second = ranks("frozen")
+    assert repr(first) == repr(second)
+    assert [first["records"][key][1:] for key in KEYS] == [(0, 0), (20, 0)]
+    assert all(list(step) == ["autoclip/rest/grad_norm", "autoclip/rest/threshold"] for step in first["steps"])
