@@ -1,0 +1,78 @@
+"""The trainings that the rules are compared on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from _problems import CharGPT, CharLSTM, Problem, autoencoder, convolutions, images, perceptron, separation, text
+
+
+@dataclass(frozen=True)
+class Task:
+    """A problem with its optimizer.
+
+    Attributes:
+        problem: Builds network and data from the global random generator.
+        optimizer: Builds the optimizer from parameters and learning rate.
+        lr: The learning rate.
+        steps: Optimizer steps.
+        group: Where the task counts: ``"choose"`` (a rule may be chosen by it), ``"report"`` (held out),
+            ``"scale"`` (loss scaled, learning rate divided alike), ``"rate"`` (tolerance to the learning rate) or
+            ``"paper"`` (its table in miniature).
+        hot: Whether the learning rate is too high without clipping.
+        loss_scale: What the loss is multiplied by.
+        bad: Probability of a bad batch.
+        decay: Whether the learning rate falls to zero along a cosine.
+        objective: Of a separation, for its SI-SDR.
+        repeats: How many times as many seeds as others: small models are noisier, and cheap.
+    """
+
+    problem: Callable[[], Problem]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    lr: float
+    steps: int
+    group: str
+    hot: bool = False
+    loss_scale: float = 1.0
+    bad: float = 0.0
+    decay: bool = False
+    objective: str = ""
+    repeats: int = 1
+
+
+sgd = partial(torch.optim.SGD, momentum=0.9)
+adam, adamw = torch.optim.Adam, partial(torch.optim.AdamW, weight_decay=0.1)
+lstm, gpt = partial(text, CharLSTM), partial(text, CharGPT)
+mlp = partial(images, partial(perceptron, 64, 10))
+small_mlp = partial(images, partial(perceptron, 64, 10, gain=0.7))
+conv = partial(images, convolutions)
+
+# Rates are the best without clipping among factors of two, half of it where twice the best fails; hot ones are four
+# times as high.
+TASKS = {
+    "lstm, Adam": Task(lstm, adam, 1e-2, 500, "choose"),
+    "lstm, SGD, hot": Task(lstm, sgd, 8.0, 500, "choose", hot=True),
+    "gpt, AdamW, hot": Task(gpt, adamw, 6.4e-2, 350, "choose", hot=True, decay=True),
+    "mlp, SGD, bad batches": Task(mlp, sgd, 0.04, 800, "choose", bad=0.03, repeats=3),
+    "conv, SGD": Task(conv, sgd, 0.1, 600, "choose", decay=True, repeats=3),
+    "autoencoder, Adam": Task(autoencoder, adam, 5e-3, 800, "choose", repeats=3),
+    "separation SNR, Adam": Task(partial(separation, "snr"), adam, 5e-3, 250, "choose"),
+    "separation DC, Adam": Task(partial(separation, "dc"), adam, 5e-3, 250, "choose"),
+    "lstm, SGD": Task(lstm, sgd, 2.0, 500, "report"),
+    "lstm, Adam, hot": Task(lstm, adam, 4e-2, 500, "report", hot=True),
+    "gpt, AdamW, bad batches": Task(gpt, adamw, 1.6e-2, 350, "report", bad=0.03, decay=True),
+    "mlp, SGD, hot": Task(mlp, sgd, 0.16, 800, "report", hot=True, repeats=3),
+    "conv, AdamW, bad batches": Task(conv, adamw, 8e-3, 600, "report", bad=0.03, decay=True, repeats=3),
+    "mlp, SGD, small init": Task(small_mlp, sgd, 0.05, 800, "report", repeats=3),
+    "autoencoder, SGD, hot": Task(autoencoder, sgd, 4e-2, 800, "report", hot=True, repeats=3),
+    "separation L1, Adam": Task(partial(separation, "mi"), adam, 5e-3, 250, "report"),
+}
+TASKS |= {
+    f"loss x {scale:g}": Task(lstm, sgd, 2.0 / scale, 500, "scale", loss_scale=scale) for scale in (0.001, 1.0, 1000.0)
+}
+TASKS |= {f"rate {rate:g}": Task(mlp, sgd, rate, 800, "rate") for rate in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}
+TASKS |= {
+    f"paper {name}": Task(partial(separation, name), adam, 5e-3, 350, "paper", objective=name)
+    for name in ("dc", "wkm", "mi", "chimera", "snr")
+}

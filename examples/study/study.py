@@ -1,0 +1,167 @@
+"""How far one percentile goes instead of a sweep over thresholds: thousands of small trainings, rule against rule.
+
+    python examples/study/study.py            # all of it, on every core; goes on where it was stopped
+    python examples/study/study.py --quick    # a few minutes
+
+writes a row per training to runs/study/study.csv; then the tables (runs/study/summary.csv, results.md) and the figure.
+"""
+
+import argparse
+import csv
+import logging
+import math
+import multiprocessing
+import os
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from _problems import Batch, Problem, si_sdr_improvement
+from _report import publish, write_report
+from _rules import RULES, TABLE, Candidate
+from _tasks import TASKS, Task
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader
+
+from lightning_autoclip import GradientClipping
+
+SCALE_RULES = ("none", *(name for name in RULES if name.startswith("fixed")), "norm p10", "norm p25", "norm p50",
+               "norm p90", "value p10", "value p50", "both p10 x 3")  # fmt: skip
+RATE_RULES = ("none", "fixed norm 0.1", "fixed norm 1", "norm p10", "norm p25", "norm p90", "value p10", "value p50",
+              "both p10 x 3")  # fmt: skip
+QUICK_TASKS = ("lstm, SGD, hot", "mlp, SGD, bad batches", "conv, SGD", "mlp, SGD, hot", "autoencoder, SGD, hot")
+QUICK_RULES = ("none", "fixed norm 0.1", "fixed norm 1", "fixed value 0.01", "norm p10", "norm p50", "norm p90",
+               "value p10", "both p10 x 3", "norm p10 full", "2 x median", "ZClip")  # fmt: skip
+COLUMNS = ("task", "rule", "seed", "steps", "error", "si_sdr", "clipped", "factor", "seconds")
+
+Run = tuple[str, str, int, int]  # task, rule, seed, steps
+
+
+class Learner(LightningModule):
+    def __init__(self, task: Task, problem: Problem, steps: int) -> None:
+        super().__init__()
+        self.network, self.problem, self.task, self.steps = problem.network, problem, task, steps
+        self.errors: list[float] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        if torch.rand(()) < self.task.bad:
+            batch = self.problem.spoil(batch)
+        return self.task.loss_scale * self.problem.loss(self.network, batch)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.errors.append(float((self.problem.error or self.problem.loss)(self.network, batch)))
+
+    def train_dataloader(self) -> Iterator[Batch]:
+        return self.problem.train
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader([self.problem.validation], batch_size=None)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.task.optimizer(self.parameters(), self.task.lr)
+        if not self.task.decay:
+            return optimizer
+        schedule = {"scheduler": CosineAnnealingLR(optimizer, self.steps), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+def train(run: Run) -> dict[str, Any]:
+    """One training, as a row of the table."""
+    name, rule, seed, steps = run
+    task = TASKS[name]
+    quiet()
+    torch.manual_seed(seed + zlib.crc32(task.group.encode()) % 1000)  # the groups share no seed, the rules do
+    learner = Learner(task, task.problem(), steps)
+    clipping = (TABLE | RULES)[rule]()
+    trainer = Trainer(
+        max_steps=steps, val_check_interval=max(1, steps // 16), check_val_every_n_epoch=None, num_sanity_val_steps=0,
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, **clipping,
+    )  # fmt: skip
+    start = time.perf_counter()
+    trainer.fit(learner)
+    seconds = time.perf_counter() - start
+    last = learner.errors[-4:]  # of the last quarter: one validation is noise where the rate does not decay
+    row: dict[str, Any] = {"task": name, "rule": rule, "seed": seed, "steps": steps, "seconds": round(seconds, 2)}
+    row["error"] = sum(last) / len(last)
+    if task.objective and math.isfinite(row["error"]):
+        row["si_sdr"] = si_sdr_improvement(learner.problem, task.objective)
+    for callback in clipping.get("callbacks", []):
+        if isinstance(callback, GradientClipping):
+            figures = callback.report().sections[0].figures
+            row["clipped"], row["factor"] = figures.clipped_fraction, figures.clip_coef_mean
+        elif isinstance(callback, Candidate):
+            row["factor"] = sum(callback.factors) / max(1, len(callback.factors))
+            row["clipped"] = sum(factor < 1 for factor in callback.factors) / max(1, len(callback.factors))
+    return row
+
+
+def quiet() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+
+
+def planned(seeds: int, quick: bool, steps: int | None) -> Iterator[Run]:
+    """Every training, the first seed of all before the second of any."""
+    for round_ in range(seeds):
+        for name, task in TASKS.items():
+            if quick and name not in QUICK_TASKS:
+                continue
+            rules = {"scale": SCALE_RULES, "rate": RATE_RULES, "paper": TABLE}.get(task.group, RULES)
+            repeats = 1 if quick else task.repeats
+            for seed in range(round_ * repeats, (round_ + 1) * repeats):
+                for rule in QUICK_RULES if quick else rules:
+                    yield name, rule, seed, steps or task.steps
+
+
+def finished(path: Path) -> set[Run]:
+    if not path.exists():
+        return set()
+    with path.open(newline="", encoding="utf-8") as file:
+        return {(row["task"], row["rule"], int(row["seed"]), int(row["steps"])) for row in csv.DictReader(file)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="five tasks, twelve rules, two seeds")
+    parser.add_argument("--seeds", type=int, help="of each rule on each task (default: 3; quick: 2)")
+    parser.add_argument("--steps", type=int, help="of each training, instead of the tasks' own")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--docs", type=Path, help="folder of the documentation, to take the results over")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / ("quick.csv" if args.quick else "study.csv")
+    done = finished(path)
+    todo = [run for run in planned(args.seeds or (2 if args.quick else 3), args.quick, args.steps) if run not in done]
+    print(f"{len(done)} trainings are done, {len(todo)} to do on {args.processes} processes.")
+    start = time.perf_counter()
+    pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn"))
+    with path.open("a", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        if not done:
+            table.writeheader()
+        try:
+            for number, future in enumerate(as_completed([pool.submit(train, run) for run in todo]), 1):
+                table.writerow(future.result())
+                file.flush()
+                if number % 50 == 0:
+                    minutes = (time.perf_counter() - start) / 60
+                    whole = minutes * len(todo) / number
+                    print(f"{number}/{len(todo)} in {minutes:.1f} min, {whole:.0f} in all", flush=True)
+        finally:
+            pool.shutdown(cancel_futures=True)  # of what is left, when one fails
+    write_report(path, args.out)
+    if args.docs:
+        publish(args.out, args.docs)
+
+
+if __name__ == "__main__":
+    main()
