@@ -1,0 +1,160 @@
+"""The documentation: links and anchors resolve, and its pages, names and options are those of the code. No network."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+import test_architecture
+import yaml
+
+import lightning_autoclip
+from lightning_autoclip.__main__ import main
+from lightning_autoclip.recorder import Recorder
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("**/*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+API = (ROOT / "docs" / "api.md").read_text()
+
+
+def prose(text: str) -> str:
+    """The text without its code blocks and code spans: what looks like a link in them is none."""
+    text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"(`+)(?!`).+?(?<!`)\1(?!`)", "code", text)
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as code hosts and the site make them, but not of a name's second heading."""
+    text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    found: set[str] = set()
+    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", text, re.MULTILINE):
+        title = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "").replace("*", "")
+        found.add(re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-"))
+    return found
+
+
+def targets(page: Path) -> list[str]:
+    """What a page links to or shows, except other sites: in Markdown, HTML, or as a reference."""
+    text = prose(page.read_text())
+    found = re.findall(r"\]\(<?([^()\s>]+)>?(?: +\"[^\"]*\")?\)", text)
+    found += re.findall(r"(?:href|src)=\"([^\"]+)\"", text)
+    found += re.findall(r"^\[[^\]]+\]: +(\S+)", text, re.MULTILINE)
+    return [target for target in found if not re.match(r"https?://|mailto:", target)]
+
+
+def problem(page: Path, target: str) -> str | None:
+    """What is wrong with a link of this page, if anything is."""
+    path, _, anchor = unquote(target).partition("#")
+    file = (page.parent / path).resolve() if path else page
+    if path.startswith("/") or not file.is_relative_to(ROOT):
+        return f"{target} leaves the repository"
+    if not file.exists():
+        return f"{target} does not exist"
+    if anchor and (file.suffix != ".md" or anchor not in anchors(file.read_text())):
+        return f"{target} has no such heading"
+    if page.parent.name == "docs" and not file.is_relative_to(ROOT / "docs"):
+        return f"{target} is not on the site"
+    return None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_anchor_and_image_resolves(page):
+    assert [problem(page, target) for target in targets(page) if problem(page, target)] == []
+
+
+def test_the_link_check_sees_what_it_should(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("# Here\n\n## `a_b`, what?\n\n```text\n# no heading\n```\n")
+    page = tmp_path / "docs" / "page.md"
+    page.write_text(
+        "# Page\n\n[a](page.md#page) [b](#page) [c](#here) [`d`](gone.md) ![e](no.png) [f](../README.md) [h](/at.md)\n"
+        "`[g](no.md)` [i](https://example.org/#x)\n\n```python\n[k](no.md)\n```\n"
+    )
+    assert anchors((tmp_path / "README.md").read_text()) == {"here", "a_b-what"}
+    assert targets(page) == ["page.md#page", "#page", "#here", "gone.md", "no.png", "../README.md", "/at.md"]
+    assert [problem(page, target) is None for target in targets(page)] == [True, True] + 5 * [False]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_stands_only_in_blocks_that_are_run(page):
+    fences = re.findall(r"^( *)(`{3,}|~{3,})(.*)$", page.read_text(), re.MULTILINE)
+    opening = [(indent, fence, language) for indent, fence, language in fences[::2]]
+    assert all(fence == "```" and not indent for indent, fence, _ in opening)
+    assert {language for *_, language in opening} <= {"python", "bash", "text", "diff", "yaml", ""}
+    assert all(language == "" for *_, language in fences[1::2])
+
+
+def test_every_public_name_is_in_the_api_page():
+    named = re.findall(r"^::: lightning_autoclip\.(\S+)$", API, re.MULTILINE)
+    assert len(named) == len(set(named))
+    assert {name for name in named if "." not in name} == set(lightning_autoclip.__all__)
+    assert "workspace.create_workspace" in named
+
+
+def test_the_api_page_names_what_exists():
+    for name in re.findall(r"^::: (\S+)$", API, re.MULTILINE):
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
+def test_members_that_the_api_page_asks_for_exist():
+    blocks = re.findall(r"^::: lightning_autoclip\.(\w+)\n(?: .*\n)*? +members: \[(.*)\]$", API, re.MULTILINE)
+    assert blocks
+    for name, members in blocks:
+        for member in members.split(", "):
+            assert getattr(getattr(lightning_autoclip, name), member).__doc__, f"{name}.{member}"
+
+
+@pytest.mark.parametrize("command", ["report", "suggest"])
+def test_the_api_page_shows_the_options_of_the_command_line(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    options = set(re.findall(r"--[a-z]+", capsys.readouterr().out)) - {"--help"}
+    (usage,) = re.findall(rf"^python -m lightning_autoclip {command} (.*)$", API, re.MULTILINE)
+    assert set(re.findall(r"--[a-z]+", usage)) == options
+
+
+def test_the_api_page_lists_the_logged_keys():
+    listed = set(re.findall(r"^\| `(autoclip/\w+(?:/\w+)*)`", API, re.MULTILINE))
+    assert listed == set(Recorder("autoclip/", by_value=True, every_step=True).keys)
+
+
+def test_the_architecture_page_has_the_rooms_in_their_order():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = re.findall(r"^\| `(\w+)\.py`|^\| +\| \*nothing above (this) line", page, re.MULTILINE)
+    assert [room or line for room, line in rooms] == [
+        *test_architecture.WITHOUT_LIGHTNING,
+        "this",
+        *test_architecture.ROOMS[len(test_architecture.WITHOUT_LIGHTNING) :],
+    ]
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML whose tags, which only mkdocs knows, are left out."""
+
+
+_Plain.add_multi_constructor("", lambda loader, suffix, node: None)
+
+
+def site() -> dict[str, Any]:
+    """The settings in mkdocs.yml."""
+    return yaml.load((ROOT / "mkdocs.yml").read_text(), _Plain)
+
+
+def test_the_navigation_names_every_page_once():
+    pages = [page for entry in site()["nav"] for page in entry.values()]
+    assert sorted(pages) == [str(page.relative_to(ROOT / "docs")) for page in DOCS]
+
+
+def test_the_site_fetches_nothing_from_elsewhere():
+    settings = site()
+    assert settings["strict"] is True
+    assert settings["theme"]["font"] is False
+    assert "repo_url" not in settings
+    assert "://" not in (ROOT / "mkdocs.yml").read_text()
