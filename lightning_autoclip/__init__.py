@@ -1,6 +1,7 @@
 """Gradient clipping for PyTorch Lightning at a running percentile of the gradient norms: no threshold to tune."""
 
-from lightning_autoclip.callback import AutoClip, GradientClipping
+from lightning_autoclip.autoclip import AutoClip
+from lightning_autoclip.callback import GradientClipping
 from lightning_autoclip.clipper import GradientClipper, StepRecord
 from lightning_autoclip.history import RunningPercentile
 from lightning_autoclip.optimizers import NonFiniteGradientError

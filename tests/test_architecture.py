@@ -15,7 +15,8 @@ PACKAGE = Path(lightning_autoclip.__file__).parent
 _ARITHMETIC = ["_checks", "_numbers", "history", "policies", "gradients", "optimizers", "clipper", "groups"]
 _LOOKING_BACK = ["trace", "report", "plot", "recorded", "suggest", "__main__"]
 WITHOUT_LIGHTNING = [*_ARITHMETIC, *_LOOKING_BACK]
-ROOMS = [*WITHOUT_LIGHTNING, "strategies", "recorder", "wandb", "workspace", "tables", "callback", "__init__"]
+_WITH_LIGHTNING = ["strategies", "recorder", "wandb", "workspace", "tables", "callback", "autoclip"]
+ROOMS = [*WITHOUT_LIGHTNING, *_WITH_LIGHTNING, "__init__"]
 
 
 def imports(room: str) -> set[str]:
