@@ -33,9 +33,8 @@ def train(fabric: Fabric, start: int, stop: int, checkpoint: Path, resume: bool 
         loss = nn.functional.mse_loss(model(x), 3 * x.sum(1, keepdim=True).sin())
         optimizer.zero_grad()
         fabric.backward(loss)
-        record = clipper.clip_(
-            optimizer
-        )  # with precision="16-mixed": clip_(optimizer, fabric.strategy.precision.scaler)
+        # With precision="16-mixed": clip_(optimizer, fabric.strategy.precision.scaler)
+        record = clipper.clip_(optimizer)
         optimizer.step()
 
     fabric.save(checkpoint, {**state, "clipper": clipper.state_dict()})

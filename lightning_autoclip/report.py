@@ -80,11 +80,19 @@ class Figures:
 
 @dataclass(frozen=True)
 class Section:
-    """The report of one optimizer: its figures and what they may mean."""
+    """The report of one optimizer, or of one group: its figures and what they may mean.
+
+    Attributes:
+        name: The prefix of its keys.
+        figures: What clipping did.
+        verdicts: What that may mean.
+        measure: What the norms among the figures are: the ``"norm"``, or by value the ``"root-mean-square entry"``.
+    """
 
     name: str
     figures: Figures
     verdicts: tuple[Verdict, ...]
+    measure: str = "norm"
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,9 @@ def report_of(traces: Mapping[str, Trace], settings: Mapping[str, Any], has_scal
     for prefix, trace in traces.items():
         if trace.bins:
             figures = _figures(trace, settings)
-            sections.append(Section(prefix.strip("/"), figures, tuple(_verdicts(trace, figures, has_scaler))))
+            measure = "norm" if settings["gradient_clip_algorithm"] == "norm" else "root-mean-square entry"
+            verdicts = tuple(_verdicts(trace, figures, has_scaler))
+            sections.append(Section(prefix.strip("/"), figures, verdicts, measure))
     return Report(tuple(sections))
 
 
@@ -334,7 +344,8 @@ def _lines(section: Section) -> Iterator[str]:
         else (f", {figures.clipped_fraction:.1%} clipped{expected}, mean factor {figures.clip_coef_mean:.2g}")
     )
     text = (
-        f"{section.name}: {figures.steps:,} steps{clipped}; typical norm {figures.norm_first:.3g} in the first tenth,"
+        f"{section.name}: {figures.steps:,} steps{clipped}; typical {section.measure} {figures.norm_first:.3g} in the"
+        " first tenth,"
         f" {figures.norm_last:.3g} in the last, threshold {figures.threshold:.3g}."
     )
     yield fill(text + ("" if section.verdicts else f" {_nothing(figures)}."), _WIDTH, subsequent_indent="  ")

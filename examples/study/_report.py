@@ -123,18 +123,20 @@ def reading(summary: Summary) -> str:
     sane = {task: rules for task, rules in summary.items() if not TASKS[task].hot}
     first, held_out = in_group(summary, "choose"), in_group(summary, "report")
     adaptive = [rule for rule in RULES if not rule.startswith(("none", "fixed")) and regrets(summary, rule)]
-    lines = [f"- {name}: worst regret {_percent(max(regrets(tasks, 'norm p10')))} %, mean"
-             f" {_percent(np.mean(regrets(tasks, 'norm p10')))} %, of {len(tasks)} tasks."
+    lines = [f"- {name}: worst regret {_signed(max(regrets(tasks, 'norm p10')))}, mean"
+             f" {_signed(np.mean(regrets(tasks, 'norm p10')))}, of {len(tasks)} tasks."
              for name, tasks in (("norm p10 on all tasks", summary), ("norm p10 at sane rates", sane))]  # fmt: skip
     for name, tasks in (("all tasks", summary), ("sane rates", sane)):
         best = min(adaptive, key=lambda rule: max(regrets(tasks, rule)))
-        lines.append(f"- Lowest worst regret on {name}: {best}, {_percent(max(regrets(tasks, best)))} %.")
+        lines.append(
+            f"- Lowest worst regret of an adaptive rule on {name}: {best}, {_signed(max(regrets(tasks, best)))}."
+        )
     if first and held_out:
         chosen = min(adaptive, key=lambda rule: max(regrets(first, rule)))
         lines.append(
-            f"- Chosen by its worst regret on the first half: {chosen}, {_percent(max(regrets(first, chosen)))} %;"
-            f" on the held-out half {_percent(max(regrets(held_out, chosen)))} % (norm p10:"
-            f" {_percent(max(regrets(first, 'norm p10')))} and {_percent(max(regrets(held_out, 'norm p10')))} %)."
+            f"- Chosen by its worst regret on the first half: {chosen}, {_signed(max(regrets(first, chosen)))};"
+            f" on the held-out half {_signed(max(regrets(held_out, chosen)))} (norm p10:"
+            f" {_signed(max(regrets(first, 'norm p10')))} and {_signed(max(regrets(held_out, 'norm p10')))})."
         )
     errors = [rules["norm p10"].get("standard_error", math.nan) for rules in summary.values()]
     lines.append(f"- Standard error of one task's regret (norm p10): {np.mean(errors):.1f} % on average.")
@@ -206,6 +208,11 @@ def _percent(value: float) -> str:
     if not value < 1e4:
         return "diverged"
     return f"{value:.1f}" if abs(value) < 99.5 else f"{value:.0f}"
+
+
+def _signed(value: float) -> str:
+    percent = _percent(value)
+    return percent if percent == "diverged" else f"{percent} %"
 
 
 def _number(value: float) -> str:
