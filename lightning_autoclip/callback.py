@@ -17,7 +17,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_autoclip._checks import check_bool, check_integer, check_number
 from lightning_autoclip.clipper import Algorithm, GradientClipper, NonFinite, StepRecord, clip_together_
 from lightning_autoclip.gradients import Shard
-from lightning_autoclip.groups import Groups, check_groups, groups_by_name, positions_by_group
+from lightning_autoclip.groups import Groups, check_groups, group_by_id, positions_by_group
 from lightning_autoclip.optimizers import NonFiniteGradientError, parameters_of
 from lightning_autoclip.plot import plot_of
 from lightning_autoclip.policies import Policy
@@ -121,6 +121,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         self._mixed = False  # whether the run has had several policies
         self._recorders: list[Recorder] = []  # likewise
         self._members: list[dict[int, list[int]]] = []  # per optimizer: by its clippers, which parameters they clip
+        self._seen: list[list[list[int]]] = []  # per optimizer: the parameters of its own groups at that time, by id
         self._steps_seen: list[int | None] = []  # per optimizer: `global_step` when the hook ran last
         self._first_batch: list[int | None] = []  # per optimizer: of the accumulation window
         self._stage: str | None = None
@@ -246,7 +247,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             )
         self._steps_seen[index] = trainer.global_step
         try:
-            records = self._clip(index, trainer.optimizers, pl_module, scaler)
+            records = self._clip(trainer, pl_module, index, scaler)
         except NonFiniteGradientError as error:
             self._keep(trainer, pl_module, index, error.records)
             raise self._located(error, trainer, pl_module) from None
@@ -410,18 +411,18 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         return GradientClipper(self.policy, **self._arguments)
 
     def _clip(
-        self, index: int, optimizers: list[Optimizer], pl_module: LightningModule, scaler: GradScaler | None
+        self, trainer: Trainer, pl_module: LightningModule, index: int, scaler: GradScaler | None
     ) -> Sequence[StepRecord | None]:
-        optimizer = optimizers[index]
+        optimizer = trainer.optimizers[index]
         if self._engine is not None:
             record = self.clippers[index].record_(self._engine.norm(), self._engine.optimizer.loss_scale)
             self._engine.clip_at(record.threshold)
             return [record]
         if self.groups is None:
             return [self.clippers[index].clip_(optimizer, scaler, self._shards)]
+        if _ids(optimizer) != self._seen[index]:  # parameters have joined, or changed places
+            self._take_in(trainer, pl_module, index)
         members = self._members[index]
-        if sum(map(len, members.values())) != sum(len(group["params"]) for group in optimizer.param_groups):
-            members = self._members[index] = self._take_in(index, optimizers, pl_module)
         clippers = [self.clippers[i] for i in members]
         return clip_together_(clippers, optimizer, list(members.values()), scaler, self._shards)
 
@@ -469,7 +470,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         found = [{prefix + group: at for group, at in self._groups(one, pl_module).items()} for prefix, one in own]
         prefixes = [prefix for of_optimizer in found for prefix in of_optimizer]
         held = dict(zip(self.traces, self.clippers, strict=False))
-        fits = len(self.clippers) == len(prefixes) and (self.groups is None or held.keys() == set(prefixes))
+        # A group may have joined after the last step of the checkpoint.
+        fits = len(self.clippers) == len(prefixes) if self.groups is None else held.keys() <= set(prefixes)
         if self.clippers and not fits:
             raise MisconfigurationException(
                 f"`{type(self).__name__}` holds {len(self.clippers)} records ({', '.join(held)}), but this run needs"
@@ -479,35 +481,35 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         if not self.clippers:
             self.clippers = [self._new_clipper() for _ in prefixes]
         elif self.groups is not None:
-            self.clippers = [held[prefix] for prefix in prefixes]
+            self.clippers = [held.get(prefix) or self._new_clipper() for prefix in prefixes]
         self.traces = {prefix: self.traces.get(prefix, Trace()) for prefix in prefixes}
-        self._members = []
+        self._members, self._seen = [], [_ids(optimizer) for optimizer in optimizers]
         for (_, optimizer), of_optimizer in zip(own, found, strict=True):
             self._members.append({prefixes.index(prefix): at for prefix, at in of_optimizer.items()})
             for prefix, at in of_optimizer.items():
                 self._name_parameters(self.traces[prefix], optimizer, pl_module, at)
 
-    def _take_in(self, index: int, optimizers: list[Optimizer], pl_module: LightningModule) -> dict[int, list[int]]:
-        """Parameters have joined an optimizer during the fit: which clippers they belong to, maybe a new one."""
-        prefix, prefixes, members = _prefixes(optimizers)[index], list(self.traces), {}
-        for group, positions in self._groups(optimizers[index], pl_module).items():
+    def _take_in(self, trainer: Trainer, pl_module: LightningModule, index: int) -> None:
+        """An optimizer's parameters have changed during the fit: which clippers they belong to, maybe new ones."""
+        self._flush(trainer)  # what is held has the places of before
+        optimizer = trainer.optimizers[index]
+        prefix, prefixes = _prefixes(trainer.optimizers)[index], list(self.traces)
+        self._members[index], self._seen[index] = {}, _ids(optimizer)
+        for group, positions in self._groups(optimizer, pl_module).items():
             if prefix + group not in self.traces:
                 prefixes.append(prefix + group)
                 self.traces[prefix + group] = Trace()
                 self.clippers.append(self._new_clipper())
                 self.clippers[-1].clipped_norm_every = self.clippers[0].clipped_norm_every
                 self._recorders.append(self._new_recorder(prefix + group))
-            members[prefixes.index(prefix + group)] = positions
-        return members
+            self._members[index][prefixes.index(prefix + group)] = positions
+            self._name_parameters(self.traces[prefix + group], optimizer, pl_module, positions)
 
     def _groups(self, optimizer: Optimizer, pl_module: LightningModule) -> dict[str, list[int]]:
         """The parameters of an optimizer by group, whose names end in a slash; all under no name without groups."""
         if self.groups is None:
             return {"": list(range(len(list(parameters_of(optimizer)))))}
-        names, group_of = _names(pl_module), None
-        if not isinstance(self.groups, str):
-            by_name = groups_by_name(self.groups, names.values())
-            group_of = {key: by_name[name] for key, name in names.items() if name in by_name}
+        group_of = None if isinstance(self.groups, str) else group_by_id(self.groups, _named(pl_module))
         return {f"{group}/": at for group, at in positions_by_group(optimizer, group_of).items()}
 
     def _new_recorder(self, prefix: str) -> Recorder:
@@ -611,10 +613,19 @@ def _prefixes(optimizers: list[Optimizer]) -> list[str]:
     return [f"autoclip/{name}/" for name in names]
 
 
-def _names(pl_module: LightningModule) -> dict[int, str]:
-    """By a parameter's id its name as the user wrote it: without what wrappers put in between."""
+def _ids(optimizer: Optimizer) -> list[list[int]]:
+    return [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _named(pl_module: LightningModule) -> list[tuple[int, str]]:
+    """The ids of parameters with their names as the user wrote them, without what wrappers put in between."""
     wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-    return {
-        id(parameter): ".".join(part for part in name.split(".") if part not in wrappers)
-        for name, parameter in pl_module.named_parameters()
-    }
+    return [
+        (id(parameter), ".".join(part for part in name.split(".") if part not in wrappers))
+        for name, parameter in pl_module.named_parameters(remove_duplicate=False)
+    ]
+
+
+def _names(pl_module: LightningModule) -> dict[int, str]:
+    """By a parameter's id its name, the first of several."""
+    return dict(reversed(_named(pl_module)))

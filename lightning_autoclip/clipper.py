@@ -134,7 +134,6 @@ class GradientClipper:
             "nonfinite": self.nonfinite,
         }
 
-    @torch.no_grad()
     def clip_(
         self,
         target: Optimizer | Tensor | Iterable[Tensor],
@@ -327,7 +326,7 @@ def clip_together_(
     if scale is not None and nonfinite != "ignore" and must_not_skip_itself(optimizer):
         grad_scaler.unscale_(optimizer)  # type: ignore[union-attr, arg-type]
         scale = None
-    parts = [gradients] if groups is None else [gradients.part(positions) for positions in groups]
+    parts = [gradients] if groups is None else gradients.parts(groups)
     norms = gradients.norms()
     norm, numels, of_all = gradients.whole(norms, [part.numel() for part in parts] if by_value else ())
     if scale is not None:
@@ -335,8 +334,7 @@ def clip_together_(
         norm = _divided(norm, scale)
     records: list[StepRecord | None] = []
     for i, (clipper, part) in enumerate(zip(clippers, parts, strict=True)):
-        is_frozen = groups is not None and not any(parameters[at].requires_grad for at in groups[i])
-        if not part.tensors and (part.shards is None or is_frozen):  # frozen is the same on every process
+        if not part.tensors and (part.shards is None or _is_frozen(parameters, groups, i)):
             records.append(None)
             continue
         own, own_norms = (norm, of_all) if groups is None else _of_group(of_all, groups[i], scale)
@@ -346,7 +344,8 @@ def clip_together_(
             part.clip_value_(own, threshold if scale is None else threshold * scale)
         else:  # the factor is a ratio: the same at every loss scale
             part.clip_norm_(own, threshold)
-        records.append(StepRecord(own, _smaller(own, threshold), statistic, threshold, clipper._nonfinite, own_norms))
+        clipped = _unknown(own) if by_value else _smaller(own, threshold)
+        records.append(StepRecord(own, clipped, statistic, threshold, clipper._nonfinite, own_norms))
     if by_value:
         records = _with_clipped_norms(records, clippers, gradients, groups, norm, scale)
     if nonfinite == "raise":
@@ -354,6 +353,11 @@ def clip_together_(
     if nonfinite != "ignore":
         skip_if_nonfinite(norm, gradients, optimizer, grad_scaler, pending=scale is not None)
     return records
+
+
+def _is_frozen(parameters: Sequence[Tensor], groups: Sequence[Sequence[int]] | None, index: int) -> bool:
+    """Whether a group will have no gradient on any process."""
+    return groups is not None and not any(parameters[at].requires_grad for at in groups[index])
 
 
 def _with_clipped_norms(
@@ -367,14 +371,13 @@ def _with_clipped_norms(
     """The records of clipping by value, with the norms after it where they are due: one more read of the gradients."""
     pairs = zip(clippers, records, strict=True)
     due = [record is not None and clipper._is_measured(norm) for clipper, record in pairs]
-    unknown = math.nan if isinstance(norm, float) else torch.full_like(norm, math.nan)
-    clipped = [unknown] * len(records)
-    if any(due):
-        whole, _, of_all = gradients.whole(gradients.norms())
-        whole = whole if scale is None else _divided(whole, scale)
-        clipped = [whole] if groups is None else [_of_group(of_all, positions, scale)[0] for positions in groups]
+    if not any(due):
+        return records
+    whole, _, of_all = gradients.whole(gradients.norms())
+    whole = whole if scale is None else _divided(whole, scale)
+    clipped = [whole] if groups is None else [_of_group(of_all, positions, scale)[0] for positions in groups]
     return [
-        None if record is None else record._replace(clipped_norm=after if is_due else unknown)
+        record._replace(clipped_norm=after) if record is not None and is_due else record
         for record, after, is_due in zip(records, clipped, due, strict=True)
     ]
 
@@ -393,6 +396,10 @@ def _divided(number: Number, divisor: Number) -> Number:
         return math.nan if isinstance(number, float) else torch.full_like(number, math.nan)
     quotient = number / divisor
     return quotient if isinstance(quotient, Tensor) else single(quotient)
+
+
+def _unknown(like: Number) -> Number:
+    return math.nan if isinstance(like, float) else torch.full_like(like, math.nan)
 
 
 def _smaller(number: Number, other: Number) -> Number:

@@ -120,15 +120,17 @@ class Gradients:
             spread[position] = norm
         return spread
 
-    def part(self, positions: Sequence[int]) -> Gradients:
-        """Those of the parameters that stand at these positions."""
-        places = set(positions)
-        kept = [i for i, position in enumerate(self.positions) if position in places]
+    def parts(self, groups: Sequence[Sequence[int]]) -> list[Gradients]:
+        """Of each group those of its parameters, which are given by their positions."""
+        places = {position: place for place, position in enumerate(self.positions)}
+        return [self._part([places[at] for at in group if at in places]) for group in groups]
+
+    def _part(self, places: list[int]) -> Gradients:
         return Gradients(
-            [self.parameters[i] for i in kept],
-            [self.tensors[i] for i in kept],
-            None if self.shards is None else [self.shards[i] for i in kept],
-            [self.positions[i] for i in kept],
+            [self.parameters[place] for place in places],
+            [self.tensors[place] for place in places],
+            None if self.shards is None else [self.shards[place] for place in places],
+            [self.positions[place] for place in places],
             self.count,
             self.device,
         )

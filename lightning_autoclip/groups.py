@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -28,9 +28,9 @@ def check_groups(groups: Any) -> str | dict[str, list[str]] | None:
         )
     checked = {}
     for name, patterns in groups.items():
-        if not isinstance(name, str) or not name or "/" in name or name in _RESERVED:
+        if not isinstance(name, str) or name in _RESERVED or not _fits_a_key(name):
             why = f"{name!r} {_RESERVED.get(name, 'is none')}" if isinstance(name, str) else f"got {name!r}"
-            raise ValueError(f"Expected the names in `groups` to be words without a slash, but {why}.")
+            raise ValueError(f"Expected the names in `groups` to be words without a slash or a star, but {why}.")
         several = [patterns] if isinstance(patterns, str) else patterns
         if not isinstance(several, Sequence) or not several or not all(isinstance(one, str) for one in several):
             raise TypeError(f"Expected `groups[{name!r}]` to be a pattern or a list of them, but got {patterns!r}.")
@@ -40,27 +40,31 @@ def check_groups(groups: Any) -> str | dict[str, list[str]] | None:
     return checked
 
 
-def groups_by_name(groups: Mapping[str, Sequence[str]], names: Iterable[str]) -> dict[str, str]:
-    """The group of each of the parameters' names that a pattern matches (`fnmatch`, case matters).
+def _fits_a_key(name: str) -> bool:
+    """Whether every logger takes the name as a part of a key."""
+    return bool(name.strip(". ")) and not set(name) & set('/*"\\')
+
+
+def group_by_id(groups: Mapping[str, Sequence[str]], named: Sequence[tuple[int, str]]) -> dict[int, str]:
+    """By a parameter's id the group of which a pattern matches its name (`fnmatch`, case matters), or one of its names.
 
     Raises:
         ValueError: A pattern matches nothing, or a parameter is in two groups.
     """
-    names = list(names)
-    found: dict[str, str] = {}
+    found: dict[int, str] = {}
     for group, patterns in groups.items():
         for pattern in patterns:
-            matched = [name for name in names if fnmatchcase(name, pattern)]
+            matched = [(key, name) for key, name in named if fnmatchcase(name, pattern)]
             if not matched:
-                some = ", ".join(names[:4])
+                some = ", ".join(name for _, name in named[:4])
                 raise ValueError(
                     f"Expected each pattern in `groups` to match a parameter, but {pattern!r} of {group!r} matches"
-                    f" none. The model's are named {some}{', ...' if len(names) > 4 else ''}; `*` stands for anything."
+                    f" none. The model's are named {some}{', ...' if len(named) > 4 else ''}; `*` stands for anything."
                 )
-            for name in matched:
-                if found.setdefault(name, group) != group:
+            for key, name in matched:
+                if found.setdefault(key, group) != group:
                     raise ValueError(
-                        f"Expected the groups not to overlap, but {name!r} is in {found[name]!r} and in {group!r}."
+                        f"Expected the groups not to overlap, but {name!r} is in {found[key]!r} and in {group!r}."
                     )
     return found
 
@@ -74,12 +78,16 @@ def positions_by_group(optimizer: Any, group_of: Mapping[int, str] | None) -> di
             groups, by their ``"name"``, else ``pg1``, ``pg2`` as `LearningRateMonitor` calls them.
 
     Raises:
-        ValueError: Two groups of the optimizer have the same name.
+        ValueError: Two groups of the optimizer have the same name, or one a name that cannot be part of a key.
     """
     found: dict[str, list[int]] = {}
     position = 0
     for number, param_group in enumerate(optimizer.param_groups, 1):
         name = str(param_group.get("name") or f"pg{number}")
+        if group_of is None and (name == "step" or not _fits_a_key(name)):
+            raise ValueError(
+                f"Expected the optimizer's groups to be called by words without a slash, but got {name!r}."
+            )
         if group_of is None and name in found:
             raise ValueError(f"Expected the optimizer's groups to have different names, but two are called {name!r}.")
         for parameter in param_group["params"]:

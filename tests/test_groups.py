@@ -283,7 +283,7 @@ def test_each_parameter_is_in_the_group_that_is_asked_for(groups, members, tmp_p
     [
         *((bad, TypeError, "to be 'param_groups', or a mapping") for bad in ("x", 5, ["net.*"], True)),
         *(({"a": bad}, TypeError, "to be a pattern or a list of them") for bad in (5, None, [], [1], {"x"}, b"x")),
-        *(({bad: "*"}, ValueError, "words without a slash, but") for bad in ("", "a/b", "rest", "step", 1)),
+        *(({bad: "*"}, ValueError, "words without a slash or a star, but") for bad in ("", "a/b", "rest", "step", 1)),
         ({}, ValueError, "at least one group"),
     ],
     ids=repr,
@@ -522,3 +522,69 @@ def test_the_report_has_a_section_per_group_read_back_from_a_checkpoint_and_from
         assert main(["suggest", str(folder / path)]) == 0
         assert re.findall(r", (autoclip/\w+): 60 norms", capsys.readouterr().out) == ["autoclip/first", "autoclip/rest"]
     assert len(callback.plot().axes) == 4
+
+
+class TwoParamGroups(Net):
+    def configure_optimizers(self):
+        first, second = ([*self.net[i].parameters()] for i in (0, 2))
+        return SGD([{"params": first, "name": "first"}, {"params": second, "name": "second"}], lr=0.01)
+
+
+def test_parameters_that_change_places_during_the_fit_stay_in_their_groups():
+    class Reverse(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.optimizers[0].param_groups.reverse()
+
+    def fitted(*callbacks):
+        torch.manual_seed(0)
+        autoclip, model = AutoClip(50, groups="param_groups"), TwoParamGroups()
+        trainer(*callbacks, autoclip, max_epochs=2).fit(model, loader())
+        return [clipper.history.recorded.tolist() for clipper in autoclip.clippers], weights(model), autoclip.traces
+
+    straight, reversed_ = fitted(), fitted(Reverse())
+    assert straight[0] == reversed_[0]
+    assert torch.equal(straight[1], reversed_[1])
+    assert [trace.names for trace in reversed_[2].values()] == [FIRST, SECOND]
+
+
+def test_a_group_that_joined_after_the_last_step_of_a_checkpoint_starts_empty(tmp_path):
+    class Joins(TwoParamGroups):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            self.late = optimizer.param_groups.pop() if self.trainer.ckpt_path is None else None
+            return optimizer
+
+        def on_train_epoch_end(self):
+            if self.late is not None:
+                self.trainer.optimizers[0].add_param_group(self.late)
+
+    run = trainer(AutoClip(groups="param_groups"), max_epochs=1)
+    run.fit(Joins(), loader())
+    run.save_checkpoint(tmp_path / "joined.ckpt")
+    resumed = AutoClip(groups="param_groups")
+    trainer(resumed, max_epochs=2).fit(TwoParamGroups(), loader(), ckpt_path=tmp_path / "joined.ckpt")
+    assert [clipper.steps for clipper in resumed.clippers] == [32, 16]
+
+
+def test_a_tied_parameter_is_known_by_each_of_its_names():
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.again = self.net[0]
+
+    autoclip = AutoClip(groups={"tied": "again.*"})
+    trainer(autoclip).fit(Tied(), loader())
+    assert list(autoclip.traces) == ["autoclip/tied/", "autoclip/rest/"]
+    with pytest.raises(ValueError, match="not to overlap"):
+        trainer(AutoClip(groups={"one": "net.0.*", "two": "again.*"})).fit(Tied(), loader())
+
+
+@pytest.mark.parametrize("name", ["a/b", "step", "enc*", "..", " "])
+def test_a_param_group_with_a_name_that_no_logger_takes_is_refused(name):
+    class Named(Net):
+        def configure_optimizers(self):
+            return SGD([{"params": [*self.parameters()], "name": name}], lr=0.1)
+
+    with pytest.raises(ValueError, match="called by words"):
+        trainer(AutoClip(groups="param_groups")).fit(Named(), loader())

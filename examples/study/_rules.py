@@ -109,8 +109,9 @@ class PerTensor(Candidate):
     def clip(self, gradients: list[Tensor], norm: float, pl_module: LightningModule) -> None:
         for i, gradient in enumerate(gradients):
             record = self.records.setdefault(i, [])
-            record.append(float(gradient.norm()))
-            scale_to(self.percentile(self.q, record), [gradient])
+            if (norm := float(gradient.norm())) > 0:
+                record.append(norm)
+                scale_to(self.percentile(self.q, record), [gradient])
 
 
 class ZClip(Candidate):
@@ -132,18 +133,24 @@ class ZClip(Candidate):
 
 
 class AGC(Candidate):
-    """Brock et al. 2021, arXiv:2102.06171: each unit's gradient at most 0.01 of the norm of its weights."""
+    """Brock et al. 2021, arXiv:2102.06171: each unit's gradient at most so many times the norm of its weights.
+
+    A unit is a row of a matrix or a filter, or a whole vector; the last linear layer is left alone, as in the paper,
+    which takes 0.01 with batches of 4,096, and up to 0.16 with small ones.
+    """
+
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.most = most
 
     def clip(self, gradients: list[Tensor], norm: float, pl_module: LightningModule) -> None:
-        for parameter in pl_module.parameters():
-            if parameter.grad is None:
-                continue
-            over = tuple(range(1, parameter.dim())) or None
-            weight, gradient = [
-                tensor.square().sum(over, keepdim=True).sqrt() if over else tensor.abs()
-                for tensor in (parameter.detach(), parameter.grad)
-            ]
-            parameter.grad.mul_((0.01 * weight.clamp(min=1e-3) / gradient.clamp(min=1e-6)).clamp(max=1))
+        *parameters, _, _ = pl_module.parameters()
+        for parameter in (parameter for parameter in parameters if parameter.grad is not None):
+            over = tuple(range(1, parameter.dim())) or (0,)
+            weight, gradient = (
+                tensor.square().sum(over, keepdim=True).sqrt() for tensor in (parameter.detach(), parameter.grad)
+            )
+            parameter.grad.mul_((self.most * weight.clamp(min=1e-3) / gradient.clamp(min=1e-6)).clamp(max=1))
 
 
 def total_norm(gradients: list[Tensor]) -> float:
@@ -185,7 +192,8 @@ PUBLISHED: dict[str, Callable[[], dict[str, Any]]] = {
     "norm p10 full": partial(ours, 10, window=None),  # AutoClip as published
     "2 x median": partial(ours, 50, multiplier=2.0),  # icefall
     "ZClip": partial(candidate, ZClip),
-    "AGC 0.01": partial(candidate, AGC),
+    "AGC 0.01": partial(candidate, AGC, 0.01),
+    "AGC 0.16": partial(candidate, AGC, 0.16),
 }
 
 CANDIDATES: dict[str, Callable[[], dict[str, Any]]] = {
