@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -158,3 +159,13 @@ def test_the_site_fetches_nothing_from_elsewhere():
     assert settings["theme"]["font"] is False
     assert "repo_url" not in settings
     assert "://" not in (ROOT / "mkdocs.yml").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_line_of_prose_begins_like_a_numbered_item(page):
+    """A site would show it as one, and swallow the number."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    lines = ["", *text.splitlines()]
+    for before, line in pairwise(lines):
+        if re.match(r"\s*\d+[.)] ", line):
+            assert not before.strip() or re.match(r"\d+[.)] |\s+\S", before), line

@@ -44,7 +44,7 @@ def draw(summary: dict[str, Any], best_fixed: Callable[..., str], path: Path) ->
     right.axvline(0, color="black", lw=0.8)
     right.grid(axis="x", alpha=0.3)
     right.set_yticks(range(len(shown)), shown[::-1])
-    title = "Each dot a task; red: its learning rate is four times too high"
+    title = "Each dot a task; red: at four times the tuned learning rate"
     right.set(xlabel="final error above that of the task's best fixed threshold, %", title=title)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -20,7 +20,7 @@ class Task:
         group: Where the task counts: ``"choose"`` (a rule may be chosen by it), ``"report"`` (held out),
             ``"scale"`` (loss scaled, learning rate divided alike), ``"rate"`` (tolerance to the learning rate) or
             ``"paper"`` (its table in miniature).
-        hot: Whether the learning rate is too high without clipping.
+        hot: Whether the learning rate is four times the tuned one.
         loss_scale: What the loss is multiplied by.
         bad: Probability of a bad batch.
         decay: Whether the learning rate falls to zero along a cosine.
@@ -48,8 +48,7 @@ mlp = partial(images, partial(perceptron, 64, 10))
 small_mlp = partial(images, partial(perceptron, 64, 10, gain=0.7))
 conv = partial(images, convolutions)
 
-# Rates are the best without clipping among factors of two, half of it where twice the best fails; hot ones are four
-# times as high.
+# Rates are tuned without clipping, see rates.py; hot ones are four times as high.
 TASKS = {
     "lstm, Adam": Task(lstm, adam, 1e-2, 500, "choose"),
     "lstm, SGD, hot": Task(lstm, sgd, 8.0, 500, "choose", hot=True),
