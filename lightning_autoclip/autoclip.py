@@ -15,7 +15,7 @@ class AutoClip(GradientClipping):
 
     Args:
         percentile: Between 0 and 100, of the recorded norms including the current one. A low one normalises most
-            steps, 90 cuts spikes only, 100 by norm never clips (observes).
+            steps, 90 one step in ten, 100 by norm never clips (observes).
         multiplier: Above 0: the threshold is so many times the percentile. By default 1 by norm, and 3 by value, where
             the percentile is one of the root-mean-square entry.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``, as the Trainer's own argument.
@@ -23,6 +23,8 @@ class AutoClip(GradientClipping):
         warmup_steps: The first so many steps are recorded, not clipped.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
         nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``; see `GradientClipper`.
+        groups: Groups of parameters that each have a record and a threshold of their own: ``"param_groups"`` for those
+            of the optimizer, or patterns of parameter names by the group's name, such as ``{"encoder": "encoder.*"}``.
         log_every_step: Also log the exact series ``autoclip/step/grad_norm`` and ``autoclip/step/threshold``.
         log_layers: Also log each module's mean share in the squared norm, of modules two (or so many) names deep.
         log_histogram: Also log a histogram of the norms per row, to Weights & Biases.

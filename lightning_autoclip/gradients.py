@@ -168,8 +168,9 @@ class Gradients:
             sums = sums.to(self.device)
             squares = sums[: self.count]
             return squares.sum().sqrt(), list(sums[self.count :]), squares.sqrt()
-        squares, counted = sums.tolist()[: self.count], sums.tolist()[self.count :]
-        return single(math.sqrt(math.fsum(squares))), counted, [math.sqrt(square) for square in squares]
+        on_host = sums.tolist()
+        squares = on_host[: self.count]
+        return single(math.sqrt(math.fsum(squares))), on_host[self.count :], [math.sqrt(square) for square in squares]
 
     def clip_norm_(self, norm: Number, threshold: Number) -> None:
         """Multiply every gradient by ``threshold / norm`` in place if the norm is finite and above the threshold.

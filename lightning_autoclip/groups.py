@@ -19,8 +19,10 @@ def check_groups(groups: Any) -> str | dict[str, list[str]] | None:
         TypeError: It is neither, or a pattern is no string.
         ValueError: It is empty, or a name cannot be part of a key.
     """
-    if groups is None or (isinstance(groups, str) and groups == PARAM_GROUPS):
-        return None if groups is None else PARAM_GROUPS
+    if groups is None:
+        return None
+    if isinstance(groups, str) and groups == PARAM_GROUPS:
+        return PARAM_GROUPS
     if not isinstance(groups, Mapping):
         raise TypeError(
             "Expected `groups` to be 'param_groups', or a mapping of names to patterns of parameter names such as"

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from lightning_autoclip.wandb import is_wandb, log_table
+from lightning_autoclip.wandb import is_logger, is_wandb, log_table
 
 NAME = "autoclip_spikes"
 
@@ -30,9 +30,9 @@ def log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
         return
     if is_wandb(logger):
         log_table(logger, "autoclip/spikes", rows, step)
-    elif any(base.__name__ == "TensorBoardLogger" for base in type(logger).__mro__):
+    elif is_logger(logger, "TensorBoardLogger"):
         logger.experiment.add_text("autoclip/spikes", as_markdown(rows), step)
-    elif any(base.__name__ == "MLFlowLogger" for base in type(logger).__mro__):  # its server may have another disk
+    elif is_logger(logger, "MLFlowLogger"):  # its server may have another disk
         logger.experiment.log_text(logger.run_id, as_csv(rows), f"{NAME}.csv")
     elif directory := getattr(logger, "log_dir", None) or _directory_of_run(logger):
         files = get_filesystem(directory)  # which need not be the local one

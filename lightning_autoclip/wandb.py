@@ -15,9 +15,14 @@ if TYPE_CHECKING:
 _WAIT = timedelta(minutes=10)  # between two alerts
 
 
+def is_logger(logger: Logger, name: str) -> bool:
+    """Whether this is a logger of that name, of either Lightning package; needs nothing to be installed."""
+    return any(base.__name__ == name for base in type(logger).__mro__)
+
+
 def is_wandb(logger: Logger) -> bool:
-    """Whether this is a `WandbLogger` (of either Lightning package); needs no wandb to be installed."""
-    return any(base.__name__ == "WandbLogger" for base in type(logger).__mro__)
+    """Whether this is a `WandbLogger`."""
+    return is_logger(logger, "WandbLogger")
 
 
 def describe_run(logger: Any, keys: Iterable[str], settings: dict[str, Any]) -> None:
