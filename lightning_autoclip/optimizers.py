@@ -99,7 +99,8 @@ def skip_if_nonfinite(
     scales = grad_scaler is not None and grad_scaler.is_enabled()
     if scales:
         for found_inf in grad_scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():  # type: ignore[union-attr]
-            found_inf.add_(nonfinite.to(found_inf))  # where it looks before the step
+            # Where it looks before the step. Fused kernels skip at exactly 1: 2 would be no infinity to them.
+            torch.maximum(found_inf, nonfinite.to(found_inf), out=found_inf)
     if not must_not_skip_itself(optimizer):
         if scales:
             return

@@ -372,7 +372,7 @@ def test_with_a_scaler_a_step_is_the_one_without(form, algorithm, name, unscale)
                 optimizer.step()
             else:
                 scaler.scale(loss).backward()
-                if unscale and not name.startswith("fused"):
+                if unscale:
                     scaler.unscale_(optimizer)
                 clipper.clip_(optimizer, scaler)
                 scaler.step(optimizer)
