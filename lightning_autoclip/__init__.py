@@ -2,11 +2,11 @@
 
 from lightning_autoclip.autoclip import AutoClip
 from lightning_autoclip.callback import GradientClipping
-from lightning_autoclip.clipper import GradientClipper, StepRecord
-from lightning_autoclip.history import RunningPercentile
-from lightning_autoclip.optimizers import NonFiniteGradientError
-from lightning_autoclip.policies import Constant, Percentile, Policy, ZScore
-from lightning_autoclip.report import Report
+from lightning_autoclip.clipping.clipper import GradientClipper, StepRecord
+from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
+from lightning_autoclip.clipping.policies import Constant, Percentile, Policy, ZScore
+from lightning_autoclip.clipping.record import RunningPercentile
+from lightning_autoclip.monitoring.report import Report
 
 __version__ = "0.1.0"
 

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_autoclip.plot import plot_of
-from lightning_autoclip.recorded import RecordedRun, read_run
-from lightning_autoclip.report import report_of
-from lightning_autoclip.suggest import candidates, table
+from lightning_autoclip.monitoring.plot import plot_of
+from lightning_autoclip.monitoring.report import report_of
+from lightning_autoclip.monitoring.runs import RecordedRun, read_run
+from lightning_autoclip.monitoring.suggest import candidates, table
 
 _FILES = "a Lightning checkpoint, a metrics.csv of CSVLogger, or the directory of an offline W&B run"
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from lightning_autoclip.callback import GradientClipping
-from lightning_autoclip.clipper import Algorithm, NonFinite
+from lightning_autoclip.clipping.clipper import Algorithm, NonFinite
+from lightning_autoclip.clipping.policies import Percentile
 from lightning_autoclip.groups import Groups
-from lightning_autoclip.policies import Percentile
 
 
 class AutoClip(GradientClipping):

@@ -15,15 +15,18 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from lightning_autoclip._checks import check_bool, check_integer, check_number
-from lightning_autoclip.clipper import Algorithm, GradientClipper, NonFinite, StepRecord, clip_together_
-from lightning_autoclip.gradients import Shard
+from lightning_autoclip.clipping.clipper import Algorithm, GradientClipper, NonFinite, StepRecord, clip_together_
+from lightning_autoclip.clipping.gradients import Shard
+from lightning_autoclip.clipping.optimizers import NonFiniteGradientError, parameters_of
+from lightning_autoclip.clipping.policies import Policy
 from lightning_autoclip.groups import Groups, check_groups, group_by_id, positions_by_group
-from lightning_autoclip.optimizers import NonFiniteGradientError, parameters_of
-from lightning_autoclip.plot import plot_of
-from lightning_autoclip.policies import Policy
-from lightning_autoclip.recorded import STATE_KEY
-from lightning_autoclip.recorder import Recorder, Where
-from lightning_autoclip.report import Report, report_of
+from lightning_autoclip.monitoring.plot import plot_of
+from lightning_autoclip.monitoring.recorder import Recorder, Where
+from lightning_autoclip.monitoring.report import Report, report_of
+from lightning_autoclip.monitoring.runs import STATE_KEY
+from lightning_autoclip.monitoring.tables import log_spikes
+from lightning_autoclip.monitoring.trace import Point, Trace
+from lightning_autoclip.monitoring.wandb import alert, describe_run, finite_part, is_wandb, log_histogram, summarise_run
 from lightning_autoclip.strategies import (
     ZeroEngine,
     check_precision,
@@ -32,9 +35,6 @@ from lightning_autoclip.strategies import (
     gradient_shards,
     zero_engine,
 )
-from lightning_autoclip.tables import log_spikes
-from lightning_autoclip.trace import Point, Trace
-from lightning_autoclip.wandb import alert, describe_run, finite_part, is_wandb, log_histogram, summarise_run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

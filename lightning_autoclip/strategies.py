@@ -11,8 +11,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_autoclip._numbers import Number
-from lightning_autoclip.gradients import Shard
+from lightning_autoclip.clipping._numbers import Number
+from lightning_autoclip.clipping.gradients import Shard
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

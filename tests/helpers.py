@@ -14,7 +14,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_autoclip import _numbers
+from lightning_autoclip.clipping import _numbers
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 FORMS = ("cpu form", "accelerator form")

@@ -12,30 +12,45 @@ import pytest
 import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
-_ARITHMETIC = ["_checks", "_numbers", "history", "policies", "gradients", "optimizers", "clipper", "groups"]
-_LOOKING_BACK = ["trace", "report", "plot", "recorded", "suggest", "__main__"]
-WITHOUT_LIGHTNING = [*_ARITHMETIC, *_LOOKING_BACK]
-_WITH_LIGHTNING = ["strategies", "recorder", "wandb", "workspace", "tables", "callback", "autoclip"]
-ROOMS = [*WITHOUT_LIGHTNING, *_WITH_LIGHTNING, "__init__"]
+_CLIPPING = ["_numbers", "record", "policies", "gradients", "optimizers", "clipper"]
+_MONITORING = ["trace", "recorder", "report", "plot", "runs", "suggest"]
+_LOGGERS = ["wandb", "workspace", "tables"]
+WITHOUT_LIGHTNING = [
+    "_checks",
+    "clipping",
+    *(f"clipping.{room}" for room in _CLIPPING),
+    "groups",
+    "monitoring",
+    *(f"monitoring.{room}" for room in _MONITORING),
+    "__main__",
+]
+_WITH_LIGHTNING = ["strategies", *(f"monitoring.{room}" for room in _LOGGERS), "callback", "autoclip"]
+ROOMS = [*WITHOUT_LIGHTNING, *_WITH_LIGHTNING, "lightning_autoclip"]
+
+
+def file_of(room: str) -> Path:
+    """The file of a room; of a folder its ``__init__.py``."""
+    path = PACKAGE if room == "lightning_autoclip" else PACKAGE.joinpath(*room.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def imports(room: str) -> set[str]:
     """The full names of all modules that a room imports, wherever in the file."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text())):
+    for node in ast.walk(ast.parse(file_of(room).read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{room}.py has a relative import"
-            if node.module == "lightning_autoclip":
-                names |= {f"lightning_autoclip.{alias.name}" for alias in node.names}
-            else:
-                names.add(str(node.module))
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {
+                name if name.removeprefix("lightning_autoclip.") in ROOMS else str(node.module) for name in inside
+            }
     return names
 
 
 def test_every_file_is_a_room():
-    assert sorted(path.stem for path in PACKAGE.glob("**/*.py")) == sorted(ROOMS)
+    assert sorted(PACKAGE.glob("**/*.py")) == sorted(map(file_of, ROOMS))
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -65,7 +80,7 @@ def test_wandb_and_matplotlib_are_optional():
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_functions_stay_short(room):
-    for node in ast.walk(ast.parse((PACKAGE / f"{room}.py").read_text())):
+    for node in ast.walk(ast.parse(file_of(room).read_text())):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             lines = (body[-1].end_lineno - body[0].lineno + 1) if body else 0

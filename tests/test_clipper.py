@@ -26,8 +26,8 @@ from lightning_autoclip import (
     Policy,
     RunningPercentile,
     ZScore,
-    _numbers,
 )
+from lightning_autoclip.clipping import _numbers
 
 GRADIENT = (2.0, -6.0, 8.0, -3.0, 5.0)
 ENTRIES = st.floats(-(2**10), 2**10, width=32).filter(lambda x: x == 0 or abs(x) > 2**-10)

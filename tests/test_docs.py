@@ -15,7 +15,7 @@ import yaml
 
 import lightning_autoclip
 from lightning_autoclip.__main__ import main
-from lightning_autoclip.recorder import Recorder
+from lightning_autoclip.monitoring.recorder import Recorder
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("**/*.md"))
@@ -95,7 +95,7 @@ def test_every_public_name_is_in_the_api_page():
     named = re.findall(r"^::: lightning_autoclip\.(\S+)$", API, re.MULTILINE)
     assert len(named) == len(set(named))
     assert {name for name in named if "." not in name} == set(lightning_autoclip.__all__)
-    assert "workspace.create_workspace" in named
+    assert "monitoring.workspace.create_workspace" in named
 
 
 def test_the_api_page_names_what_exists():

@@ -22,8 +22,8 @@ from torch.optim import SGD, AdamW
 
 from lightning_autoclip import AutoClip, Constant, GradientClipper, NonFiniteGradientError, Percentile
 from lightning_autoclip.__main__ import main
-from lightning_autoclip.clipper import clip_together_
-from lightning_autoclip.gradients import _on_device
+from lightning_autoclip.clipping.clipper import clip_together_
+from lightning_autoclip.clipping.gradients import _on_device
 
 ALGORITHMS = pytest.mark.parametrize("algorithm", ["norm", "value"])
 LAYERS = {"first": "net.0.*"}  # and the rest: the second layer

@@ -27,7 +27,7 @@ from torch.optim import SGD, Adam, Optimizer
 from wandb_reader import read_runs
 
 from lightning_autoclip import AutoClip, StepRecord
-from lightning_autoclip.recorder import Recorder, Where
+from lightning_autoclip.monitoring.recorder import Recorder, Where
 
 Row = dict[str, float]
 

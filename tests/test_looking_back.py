@@ -21,7 +21,7 @@ from wandb_reader import read_runs
 
 from lightning_autoclip import AutoClip, Constant, GradientClipping, NonFiniteGradientError, Policy
 from lightning_autoclip.__main__ import main
-from lightning_autoclip.suggest import candidates, recommended
+from lightning_autoclip.monitoring.suggest import candidates, recommended
 
 SPIKES = {41: 100.0, 42: 100.0}  # batch -> factor on its loss
 

@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_autoclip import AutoClip, Constant, GradientClipping
-from lightning_autoclip.report import LEAST_STEPS, report_of
-from lightning_autoclip.trace import Point, Trace
+from lightning_autoclip.monitoring.report import LEAST_STEPS, report_of
+from lightning_autoclip.monitoring.trace import Point, Trace
 
 Data = tuple[Tensor, Tensor]
 

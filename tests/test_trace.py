@@ -16,8 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_autoclip import trace as module
-from lightning_autoclip.trace import MOST_BINS, MOST_SPIKES, Bin, Point, Spike, Trace, by_module, typical_norm
+from lightning_autoclip.monitoring import trace as module
+from lightning_autoclip.monitoring.trace import (
+    MOST_BINS,
+    MOST_SPIKES,
+    Bin,
+    Point,
+    Spike,
+    Trace,
+    by_module,
+    typical_norm,
+)
 
 NAMES = ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias", "scale"]
 NUMELS = [32, 8, 8, 1, 1]

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_autoclip import _numbers
-from lightning_autoclip._numbers import Number, single
+from lightning_autoclip.clipping import _numbers
+from lightning_autoclip.clipping._numbers import Number, single
 
 _LONGEST_SUM = 2**19  # entries; torch adds squares on the CPU one by one, and loses 1e-5 at twice as many
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_autoclip.clipper import StepRecord
-from lightning_autoclip.trace import Point, Trace, by_module, shares_of
+from lightning_autoclip.clipping.clipper import StepRecord
+from lightning_autoclip.monitoring.trace import Point, Trace, by_module, shares_of
 
 _MAX_ON_DEVICE = 1024  # records that may wait on the device, however far apart the rows are
 

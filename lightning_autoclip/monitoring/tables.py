@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from lightning_autoclip.wandb import is_logger, is_wandb, log_table
+from lightning_autoclip.monitoring.wandb import is_logger, is_wandb, log_table
 
 NAME = "autoclip_spikes"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lightning_autoclip.trace import MOST_SPIKES, Bin, Spike, Trace, typical_norm
+from lightning_autoclip.monitoring.trace import MOST_SPIKES, Bin, Spike, Trace, typical_norm
 
 STATE_KEY = "GradientClipping"  # of the callback in a checkpoint
 _KEYS = ("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "clipped_fraction")

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
-from lightning_autoclip import _numbers
 from lightning_autoclip._checks import check_choice, check_integer, check_positive
-from lightning_autoclip._numbers import Number, single
-from lightning_autoclip.gradients import Gradients, Shard, at_positions, norm_of
-from lightning_autoclip.history import History
-from lightning_autoclip.optimizers import (
+from lightning_autoclip.clipping import _numbers
+from lightning_autoclip.clipping._numbers import Number, single
+from lightning_autoclip.clipping.gradients import Gradients, Shard, at_positions, norm_of
+from lightning_autoclip.clipping.optimizers import (
     NonFiniteGradientError,
     forget_found_inf,
     must_not_skip_itself,
@@ -28,7 +27,8 @@ from lightning_autoclip.optimizers import (
     steps_with_found_inf,
     unwrapped,
 )
-from lightning_autoclip.policies import Policy, threshold_of
+from lightning_autoclip.clipping.policies import Policy, threshold_of
+from lightning_autoclip.clipping.record import History
 
 Algorithm = Literal["norm", "value"]
 NonFinite = Literal["skip", "raise", "ignore"]

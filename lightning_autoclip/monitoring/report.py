@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from textwrap import fill
 from typing import Any
 
-from lightning_autoclip.trace import Bin, Spike, Trace, by_module, typical_norm
+from lightning_autoclip.monitoring.trace import Bin, Spike, Trace, by_module, typical_norm
 
 # Each threshold is argued in docs/monitoring.md.
 LEAST_STEPS = 50  # fewer tell nothing of a trend

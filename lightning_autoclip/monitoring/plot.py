@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning_autoclip.trace import Spike, Trace
+from lightning_autoclip.monitoring.trace import Spike, Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_autoclip._checks import check_positive
-from lightning_autoclip.history import check_percentile, percentile_of, percentile_on_host
+from lightning_autoclip.clipping.record import check_percentile, percentile_of, percentile_on_host
 
 
 class Policy(ABC):

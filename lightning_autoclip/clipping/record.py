@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 
-from lightning_autoclip import _numbers
 from lightning_autoclip._checks import check_integer, check_number
-from lightning_autoclip._numbers import Number, single
+from lightning_autoclip.clipping import _numbers
+from lightning_autoclip.clipping._numbers import Number, single
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
-from lightning_autoclip._numbers import Number
-from lightning_autoclip.gradients import Gradients
+from lightning_autoclip.clipping._numbers import Number
+from lightning_autoclip.clipping.gradients import Gradients
 
 
 class NonFiniteGradientError(RuntimeError):

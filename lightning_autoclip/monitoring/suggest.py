@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_autoclip.history import History, percentile_on_host
+from lightning_autoclip.clipping.record import History, percentile_on_host
 
 PERCENTILES = (1.0, 10.0, 25.0, 50.0, 75.0, 90.0, 99.0)
 WINDOWS = (100, 1000, None)

@@ -1,0 +1,1 @@
+"""What is told of the steps: rows for the loggers, the trace of a run, report, plot and advice."""
