@@ -5,7 +5,7 @@ from lightning_autoclip.callback import GradientClipping
 from lightning_autoclip.clipping.clipper import GradientClipper, StepRecord
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.clipping.policies import Constant, Percentile, Policy, ZScore
-from lightning_autoclip.clipping.record import RunningPercentile
+from lightning_autoclip.clipping.record import History, RunningPercentile
 from lightning_autoclip.monitoring.report import Report
 
 __version__ = "0.1.0"
@@ -15,6 +15,7 @@ __all__ = [
     "Constant",
     "GradientClipper",
     "GradientClipping",
+    "History",
     "NonFiniteGradientError",
     "Percentile",
     "Policy",

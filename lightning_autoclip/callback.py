@@ -423,8 +423,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         if _ids(optimizer) != self._seen[index]:  # parameters have joined, or changed places
             self._take_in(trainer, pl_module, index)
         members = self._members[index]
-        clippers = [self.clippers[i] for i in members]
-        return clip_together_(clippers, optimizer, list(members.values()), scaler, self._shards)
+        clippers = [(self.clippers[i], positions) for i, positions in members.items()]
+        return clip_together_(clippers, optimizer, scaler, self._shards)
 
     def _keep(
         self, trainer: Trainer, pl_module: LightningModule, index: int, records: Sequence[StepRecord | None]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -14,7 +15,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_autoclip.clipping import _numbers
+from lightning_autoclip.clipping import _numbers, clipper
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 FORMS = ("cpu form", "accelerator form")
@@ -22,15 +23,22 @@ FORMS = ("cpu form", "accelerator form")
 
 @contextmanager
 def in_form(form: str) -> Iterator[None]:
-    """Take one of the two forms of every shortcut: the accelerators' one runs on the CPU too."""
+    """Take one of the two forms of every shortcut: the accelerators' one runs on the CPU too.
+
+    There, an ordinary optimizer's step is read once. Bare parameters, of which most tests of arithmetic are, are not.
+    """
     if form == "cpu form":
         yield
         return
-    reads_are_free, _numbers.reads_are_free = _numbers.reads_are_free, lambda device: False
-    try:
+    must_be_read = clipper.must_be_read
+
+    def unless_bare(nonfinite: str, optimizer: Any, *others: bool) -> bool:
+        return must_be_read(nonfinite, optimizer, *others) and (optimizer is not None or nonfinite == "raise")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_numbers, "reads_are_free", lambda device: False)
+        patch.setattr(clipper, "must_be_read", unless_bare)
         yield
-    finally:
-        _numbers.reads_are_free = reads_are_free
 
 
 def with_gradient(gradient: Any, dtype: torch.dtype = torch.float32) -> nn.Parameter:

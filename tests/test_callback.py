@@ -75,8 +75,8 @@ def test_the_default_multiplier_follows_the_algorithm(algorithm, multiplier):
 
 def test_a_policy_of_ones_own_sets_the_threshold():
     class Median(Policy):
-        def __call__(self, norms, count):
-            return norms[:1] * 0 + 0.25
+        def __call__(self, history):
+            return 0.25
 
     seen = []
 

@@ -261,10 +261,10 @@ DAMAGES = {
     "optimizers": [None, [], {}],
     "optimizers.0": [None, {}, [1]],
     "optimizers.0.nonfinite_total": [-1, 1.0, None, "1"],
-    HISTORY: [None, {}, {"values": ONES}, {"count": torch.tensor(10)}, {"mean_value": ONES, "weight": ONES}],
+    HISTORY: [None, {}, {"values": ONES}, {"count": 10}, {"mean_value": ONES, "weight": ONES}],
     f"{HISTORY}.unknown": [ONES],
     f"{HISTORY}.values": [None, [1.0], ONES.double(), ONES[None], ONES * math.nan, ONES * math.inf],
-    f"{HISTORY}.count": [None, 10, torch.tensor(6), torch.tensor(-1), torch.tensor(10.0), torch.tensor(10 + 0j)],
+    f"{HISTORY}.count": [None, 6, -1, 10.0, True, "10", torch.tensor(10)],
 }
 
 

@@ -315,7 +315,9 @@ def test_no_shape_depends_on_data(policy, algorithm, window):
             parameter.grad = torch.zeros_like(parameter)
         record = clipper.clip_(parameters)
     assert {value.device.type for value in record} == {"meta"}
-    assert clipper.history.values.numel() == (window or (1024 if steps == 6 else 2048))  # doubled by the host's count
+    ring = clipper.history._on_device.ring
+    assert ring.device.type == "meta"
+    assert ring.numel() - 1 == (window or (1024 if steps == 6 else 2048))  # doubled by the host's count
 
 
 def test_the_check_for_host_reads_can_fail():
@@ -452,14 +454,53 @@ def test_what_is_no_parameter_is_refused(target):
         GradientClipper(Constant(1.0)).clip_(target)
 
 
-@pytest.mark.parametrize("result", [0.5, torch.ones(2)], ids=["float", "vector"])
-def test_a_policy_that_returns_no_single_tensor_is_refused(result):
-    class Wrong(Policy):
-        def __call__(self, norms, count):
-            return result
+class Returns(Policy):
+    def __init__(self, result):
+        self.result = result
 
-    with pytest.raises(TypeError, match=r"Expected `policy` to return a tensor of shape \(\)"):
-        clip(Wrong(), with_gradient([1.0]))
+    def __call__(self, history):
+        return self.result
+
+
+@pytest.mark.parametrize("result", ["0.5", None, torch.ones(2)], ids=["string", "nothing", "vector"])
+def test_a_policy_that_returns_no_single_number_is_refused(form, result):
+    with pytest.raises(TypeError, match=r"Expected `policy` to return one number, but"):
+        clip(Returns(result), with_gradient([1.0]))
+
+
+@pytest.mark.parametrize("result", [1, 1.0, torch.ones(()), torch.ones(1)], ids=str)
+def test_a_policy_may_return_a_number_or_a_tensor(form, result):
+    parameter = with_gradient([3.0, 4.0])
+    assert float(clip(Returns(result), parameter).threshold) == 1
+    assert norm_of([parameter]) == pytest.approx(1)
+
+
+def test_a_threshold_below_zero_turns_no_gradient_around(form):
+    parameter = with_gradient([3.0, 4.0])
+    if form == "cpu form":
+        with pytest.raises(
+            ValueError, match=r"Expected `policy` to return a threshold of at least 0, but .* gave -1\.0"
+        ):
+            clip(Returns(-1.0), parameter)
+        assert parameter.grad.tolist() == [3.0, 4.0]
+    else:
+        clip(Returns(torch.tensor(-1.0)), parameter)
+        assert parameter.grad.tolist() == [0.0, 0.0]
+
+
+def test_a_threshold_that_is_no_number_clips_at_the_upper_bound(form):
+    parameter = with_gradient([3.0, 4.0])
+    assert float(clip(Returns(torch.tensor(math.nan)), parameter, max_threshold=2.0).threshold) == 2
+    assert norm_of([parameter]) == pytest.approx(2)
+
+
+def test_a_policy_that_raises_stop_iteration_does_not_end_a_loop_in_silence(form):
+    class Exhausted(Policy):
+        def __call__(self, history):
+            return next(iter(()))
+
+    with pytest.raises(RuntimeError, match="`policy` raised StopIteration"):
+        clip(Exhausted(), with_gradient([1.0]))
 
 
 # --- corners that once were wrong -------------------------------------------------------------------------------------
@@ -576,15 +617,15 @@ def test_the_default_dtype_does_not_reach_the_record(dtype):
 
 def test_a_subclass_of_percentile_that_overrides_call_is_heard(form):
     class Half(Percentile):
-        def __call__(self, norms, count):
-            return super().__call__(norms, count) / 2
+        def __call__(self, history):
+            return super().__call__(history) / 2
 
     assert float(clip(Half(50), with_gradient([3.0, 4.0])).threshold) == 2.5
 
 
 def test_a_policy_is_not_asked_about_an_empty_record():
     class Never(Policy):
-        def __call__(self, norms, count):
+        def __call__(self, history):
             raise AssertionError("there is nothing to decide from")
 
     assert clip(Never(), with_gradient([math.nan])).threshold == math.inf
@@ -656,9 +697,9 @@ def test_a_recorded_norm_is_seen_by_the_next_compute():
     clipper = GradientClipper(Percentile(50))
     for entry in (2.0, 4.0):
         clipper.clip_([with_gradient([entry])])
-    assert clipper.history.compute().tolist() == [2.0, 4.0]
+    assert clipper.history.percentile(50) == 3
     clipper.clip_([with_gradient([1.0])])
-    assert clipper.history.compute().tolist() == [2.0, 4.0, 1.0]
+    assert clipper.history.percentile(50) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

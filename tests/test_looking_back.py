@@ -334,8 +334,8 @@ def test_the_step_that_nonfinite_raise_stops_at_is_in_the_report():
 def test_a_policy_of_the_users_own_may_be_called_percentile_too(capsys):
     @dataclass(frozen=True)
     class Percentile(Policy):
-        def __call__(self, norms, count):
-            return norms[0] * 2
+        def __call__(self, history):
+            return history.percentile(0) * 2
 
     fit(callback=GradientClipping(Percentile()))
     assert "60 steps" in capsys.readouterr().out

@@ -7,9 +7,13 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+from operations import RULES, of_rule, of_torch
 
 ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "docs" / "overhead.json").read_text())
@@ -49,3 +53,22 @@ def test_the_benchmark_runs(tmp_path):
     assert {"ours, norm, p10", "ours, value, p90", "Lightning, norm", "Lightning, value"} <= set(rules)
     assert {row["recorded"] for row in result["histories"]} == {100, 1000}
     assert result["logging"][0]["share"] > 0
+
+
+@pytest.mark.parametrize("name", ["torch, norm", "torch, value", *(f"ours, {rule[0]}" for rule in RULES)])
+def test_a_step_dispatches_the_operations_that_the_page_shows(name):
+    of = {f"ours, {rule[0]}": partial(of_rule, rule) for rule in RULES}
+    of |= {f"torch, {algorithm}": partial(of_torch, algorithm) for algorithm in ("norm", "value")}
+    (line,) = (line for line in PAGE.splitlines() if line.startswith(f"| {name} |"))
+    shown = [int(cell.replace(",", "")) for cell in line.strip("|").split("|")[1:]]
+    assert [sum(of[name](count).values()) for count in (6, 100, 1000)] == shown
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule[0])
+def test_what_a_step_dispatches_beside_measuring_and_clipping_is_bounded(rule):
+    passes = {"_foreach_norm", "_foreach_mul_", "clamp_", "_foreach_clamp_min_", "_foreach_clamp_max_"}
+    for window in (10, None):
+        nonfinite = [] if "raise" in rule[0] else [float("nan")]  # which ends a run there
+        for factor in (5.0, 0.5, 0.0, *nonfinite):
+            beside = sum(n for name, n in of_rule(rule, 6, window, factor).items() if name not in passes)
+            assert beside <= (2 if rule[0].endswith("one read") else 31), (window, factor)

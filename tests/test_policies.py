@@ -7,31 +7,46 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import FORMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_autoclip import Constant, Percentile, ZScore
+from lightning_autoclip import Constant, History, Percentile, Policy, ZScore
 
 NORMS = st.lists(st.floats(2**-10, 2**10, width=32), min_size=1, max_size=50)
 
 
-def threshold(policy, norms: list[float]) -> float:
-    padded = torch.tensor([*sorted(norms), *[math.inf] * 5])
-    return policy(padded, torch.tensor(len(norms))).item()
+def threshold(policy, norms: list[float], which: str = FORMS[0]) -> float:
+    history = History(None)
+    for norm in norms:
+        history.record(norm if which == FORMS[0] else torch.tensor(norm))
+    return float(policy(history))
 
 
+@pytest.mark.parametrize("which", FORMS)
 @settings(deadline=None)
-@given(NORMS, st.floats(1, 100), st.floats(0.1, 10))
-def test_percentile_is_a_multiple_of_numpys(norms, percentile, multiplier):
+@given(norms=NORMS, percentile=st.floats(1, 100), multiplier=st.floats(0.1, 10))
+def test_percentile_is_a_multiple_of_numpys(which, norms, percentile, multiplier):
     expected = multiplier * np.percentile(norms, percentile)
-    assert threshold(Percentile(percentile, multiplier), norms) == pytest.approx(expected, rel=1e-5)
+    assert threshold(Percentile(percentile, multiplier), norms, which) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("which", FORMS)
 @settings(deadline=None)
-@given(NORMS, st.floats(0.1, 10))
-def test_zscore_is_numpys_mean_and_standard_deviation(norms, z):
+@given(norms=NORMS, z=st.floats(0.1, 10))
+def test_zscore_is_numpys_mean_and_standard_deviation(which, norms, z):
     expected = np.mean(norms) + z * np.std(norms)
-    assert threshold(ZScore(z), norms) == pytest.approx(expected, rel=1e-4)
+    assert threshold(ZScore(z), norms, which) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("which", FORMS)
+@given(norms=NORMS)
+def test_a_rule_from_mean_and_deviation_is_that_of_numpy(which, norms):
+    class MeanPlusHalf(Policy):
+        def __call__(self, history):
+            return 2 * history.mean() + history.std() / 2
+
+    assert threshold(MeanPlusHalf(), norms, which) == pytest.approx(2 * np.mean(norms) + np.std(norms) / 2, rel=1e-4)
 
 
 @given(NORMS)

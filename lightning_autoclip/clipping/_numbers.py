@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ctypes import c_float
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -24,3 +25,9 @@ def reads_are_free(device: torch.device) -> bool:
 def single(number: float) -> float:
     """The nearest float32, which is what a record keeps: a norm must equal itself when it is compared with it."""
     return c_float(number).value
+
+
+@lru_cache(maxsize=1024)
+def constant(number: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A number that each step needs on the device, copied there once: shape ``()``. Not to be written to."""
+    return torch.tensor(number, dtype=dtype, device=device)

@@ -14,32 +14,40 @@ from torch.optim import Optimizer
 
 from lightning_autoclip._checks import check_choice, check_integer, check_positive
 from lightning_autoclip.clipping import _numbers
-from lightning_autoclip.clipping._numbers import Number, single
-from lightning_autoclip.clipping.gradients import Gradients, Shard, at_positions, norm_of
+from lightning_autoclip.clipping._numbers import Number, constant, single
+from lightning_autoclip.clipping.gradients import (
+    Gradients,
+    Numbers,
+    Shard,
+    are_shared,
+    at,
+    clip_norm_,
+    clip_value_,
+    norm_of,
+)
 from lightning_autoclip.clipping.optimizers import (
     NonFiniteGradientError,
-    forget_found_inf,
-    must_not_skip_itself,
+    StepGate,
+    must_be_read,
     parameters_of,
-    pending_scale,
     raise_if_nonfinite,
     skip_if_nonfinite,
-    steps_with_found_inf,
+    unscale_,
     unwrapped,
 )
-from lightning_autoclip.clipping.policies import Policy, threshold_of
+from lightning_autoclip.clipping.policies import Policy, threshold_of, threshold_on_device
 from lightning_autoclip.clipping.record import History
 
 Algorithm = Literal["norm", "value"]
 NonFinite = Literal["skip", "raise", "ignore"]
-_CPU = torch.device("cpu")
 
 
 class StepRecord(NamedTuple):
     """What one step's clipping saw and did.
 
-    Every field is a float where the gradients are on the CPU; elsewhere a tensor of shape ``()``, float32, on their
-    device, so that the host waits for it only when somebody reads it, as ``float(record.norm)`` does.
+    Every field is a float where the host knows it: of gradients on the CPU, and where a step had to be read. Else it is
+    a tensor of shape ``()``, float32, on their device, for which the host waits only when somebody reads it, as
+    ``float(record.norm)`` does.
 
     Attributes:
         norm: L2 norm of all gradients viewed as one vector, before clipping.
@@ -48,7 +56,7 @@ class StepRecord(NamedTuple):
         threshold: The threshold of this step, in units of ``statistic``; ``inf`` while nothing is clipped.
         nonfinite_total: How many steps so far, this one included, had a NaN or an infinity in their gradient.
         parameter_norms: L2 norm of each parameter's gradient before clipping, in the optimizer's order, 0 where there
-            is none, at the scale of the loss: floats, or a tensor of shape ``(n,)``. ``None`` where nobody measured it.
+            is none: floats, or a tensor of shape ``(n,)``. ``None`` where nobody measured it.
     """
 
     norm: Number
@@ -56,7 +64,7 @@ class StepRecord(NamedTuple):
     statistic: Number
     threshold: Number
     nonfinite_total: Number
-    parameter_norms: list[float] | Tensor | None = None
+    parameter_norms: Numbers | None = None
 
 
 class GradientClipper:
@@ -144,9 +152,8 @@ class GradientClipper:
 
         Args:
             target: The optimizer that is about to step, or its parameters. One clipper serves one optimizer.
-            grad_scaler: The scaler of mixed-precision training, if there is one. Its ``unscale_`` may have been called
-                before or not: scaled gradients (all that a fused optimizer ever has) are measured and clipped at
-                their true scale.
+            grad_scaler: The scaler of mixed-precision training, if there is one. Gradients that are still scaled are
+                unscaled by its ``unscale_``, so that a call of your own must come before this one.
             shards: For gradients that several processes share without being DTensors (FSDP1): what this one holds of
                 each. All processes must then call this alike.
 
@@ -160,7 +167,7 @@ class GradientClipper:
             ValueError: The clipper has served another optimizer before, or FSDP1 shares its gradients and ``shards``
                 are not given.
         """
-        return clip_together_([self], target, None, grad_scaler, shards)[0]
+        return clip_together_([(self, None)], target, grad_scaler, shards)[0]
 
     @torch.no_grad()
     def record_(self, norm: Tensor, loss_scale: float = 1.0) -> StepRecord:
@@ -174,51 +181,46 @@ class GradientClipper:
             NonFiniteGradientError: With ``nonfinite="raise"``, if the norm is not finite.
         """
         norm = norm.to(torch.float32)
-        number = norm.item() if _numbers.reads_are_free(norm.device) else norm
-        threshold = self._decide(number, number)
+        is_read = self.nonfinite == "raise" or _numbers.reads_are_free(norm.device)
+        number: Number = norm.item() if is_read else norm
+        threshold = self._decide(number < math.inf, number)
         record = StepRecord(number, _smaller(number, threshold), number, threshold, self._nonfinite)
         if self.nonfinite == "raise" and loss_scale <= 1 and not math.isfinite(number):
             raise NonFiniteGradientError(f"The norm of the gradient is {float(number)}.", [], [record])
         return record
 
-    def _decide(self, norm: Number, statistic: Number) -> Number:
+    def _decide(self, is_finite: bool | Tensor, statistic: Number) -> Number:
         """Record the step and return its threshold.
 
         Args:
-            norm: Of the whole gradient, of which this clipper may have a part: whether the step counts.
+            is_finite: Whether the whole gradient is, of which this clipper may have a part: whether the step counts.
             statistic: Of this clipper's part: what is recorded.
         """
-        history = self.history
-        device = norm.device if isinstance(norm, Tensor) else _CPU
-        if history.values.device != device:
-            history.to(device)
-            self._nonfinite = float(self._nonfinite)
         self.steps += 1
         # A gradient of exactly zero moves nothing and tells no scale; enough of them (hinge losses, masked batches)
         # would pull a percentile to zero and stop the training for good.
-        if not isinstance(norm, Tensor) or not isinstance(statistic, Tensor):
-            finite = norm < math.inf
-            self._nonfinite += not finite
-            if finite and statistic > 0:
-                history.record(statistic)
-            limit, (norms, count) = single(self.max_threshold), history.on_host()
-            if not count or self.steps <= self.warmup_steps:
-                return limit
-            return min(single(self.policy.on_host(norms, count)), limit)
-        finite = norm < math.inf
-        self._nonfinite = self._nonfinite + finite.logical_not().to(torch.float32)
-        history.record(torch.where(finite & (statistic > 0), statistic, math.nan))
-        if self.steps <= self.warmup_steps:
-            return norm.new_full((), self.max_threshold)
-        threshold = threshold_of(self.policy, history.ordered, history.size)
-        return torch.where(history.count > 0, threshold, math.inf).clamp(max=self.max_threshold)
+        if isinstance(is_finite, Tensor) and isinstance(statistic, Tensor):
+            self._nonfinite = is_finite.logical_not().to(torch.float32) + self._nonfinite
+            self.history.record(statistic, is_finite & (statistic > 0))
+            most = constant(self.max_threshold, statistic.device)
+            if self.steps <= self.warmup_steps:
+                return most
+            return torch.fmin(threshold_on_device(self.policy, self.history, statistic.device), most)
+        self._nonfinite = float(self._nonfinite) + (not is_finite)
+        if is_finite and statistic > 0:
+            self.history.record(statistic)
+        limit = single(self.max_threshold)
+        if self.steps <= self.warmup_steps or not len(self.history):
+            return limit
+        threshold = threshold_of(self.policy, self.history)
+        return threshold if threshold < limit else limit
 
-    def _is_measured(self, norm: Number) -> bool:
+    def _is_measured(self, is_finite: bool | Tensor) -> bool:
         """By value, whether the norm after clipping is measured at this step: it is one more read of the gradients."""
         if self._until_measured > 0:
             self._until_measured -= 1
             return False
-        if isinstance(norm, Tensor) or norm < math.inf:  # else the next one
+        if isinstance(is_finite, Tensor) or is_finite:  # else the next one
             self._until_measured = self.clipped_norm_every - 1
         return True
 
@@ -227,27 +229,16 @@ class GradientClipper:
         """How many steps so far had a NaN or an infinity in their gradient. Reads the host."""
         return int(self._nonfinite)
 
-    def _bind(self, optimizer: Any, shards: Mapping[Tensor, Shard] | None) -> None:
-        forget_found_inf(optimizer)  # of a step that was given up
+    def _bind(self, optimizer: Any) -> None:
         served = None if self._optimizer is None else self._optimizer()
-        if served is optimizer:
-            return
-        if served is not None:
+        if served is not None and served is not optimizer:
             raise ValueError(
                 "Expected `clip_` to be called with the optimizer it was called with first, but got another one, whose"
                 " norms would mix with the first one's. Use one `GradientClipper` per optimizer, or call `release()`"
                 " if this optimizer takes the other's place."
             )
-        flat = any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters_of(optimizer))
-        if flat and shards is None and torch.distributed.get_world_size() > 1:
-            raise ValueError(
-                "Expected `shards` beside an optimizer of `FullyShardedDataParallel` parameters: without them each"
-                " process would clip its part at a threshold of its own. Shard with `fully_shard` (FSDP2), whose"
-                " gradients tell what is held, or use a Trainer with the callback."
-            )
-        self._optimizer = weakref.ref(optimizer)
-        if steps_with_found_inf(optimizer):
-            optimizer.register_step_post_hook(forget_found_inf)
+        if served is None:
+            self._optimizer = weakref.ref(optimizer)
 
     def measure_next(self) -> None:
         """Measure what clipping by value does at the next step, and from there on every so many steps again."""
@@ -259,11 +250,7 @@ class GradientClipper:
 
     def state_dict(self) -> dict[str, Any]:
         """What happened so far, as tensors and ints; loads with ``torch.load(..., weights_only=True)``."""
-        return {
-            "steps": self.steps,
-            "nonfinite_total": self.nonfinite_total,
-            "history": dict(self.history.state_dict()),
-        }
+        return {"steps": self.steps, "nonfinite_total": self.nonfinite_total, "history": self.history.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -274,16 +261,16 @@ class GradientClipper:
         Raises:
             ValueError: An entry is missing, damaged, or not one of this class.
         """
+        history = History(self.history.window)
         try:
             steps = check_integer("steps", state_dict["steps"], "a count", 0)
             nonfinite_total = check_integer("nonfinite_total", state_dict["nonfinite_total"], "a count", 0)
-            history = dict(state_dict["history"])
-            self.history.load_state_dict(history)
+            history.load_state_dict(state_dict["history"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"The state of a `GradientClipper` is damaged or not one: {error!r}.") from error
-        if bool((self.history.ordered <= 0).any()):
+        if bool((history.recorded <= 0).any()):
             raise ValueError("The state of a `GradientClipper` is damaged: its norms are not all above 0.")
-        self.steps, self._nonfinite = steps, float(min(nonfinite_total, steps))
+        self.history, self.steps, self._nonfinite = history, steps, float(min(nonfinite_total, steps))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_optimizer": None}  # a weak reference does not pickle
@@ -291,9 +278,8 @@ class GradientClipper:
 
 @torch.no_grad()
 def clip_together_(
-    clippers: Sequence[GradientClipper],
+    clippers: Sequence[tuple[GradientClipper, Sequence[int] | None]],
     target: Optimizer | Tensor | Iterable[Tensor],
-    groups: Sequence[Sequence[int]] | None = None,
     grad_scaler: GradScaler | None = None,
     shards: Mapping[Tensor, Shard] | None = None,
 ) -> list[StepRecord | None]:
@@ -303,103 +289,124 @@ def clip_together_(
     of any group moves.
 
     Args:
-        clippers: One per group, alike in everything but their records.
+        clippers: One per group, alike in everything but their records, each with the positions of its parameters
+            among those of ``target``. Together they hold each parameter once. ``None``: the one clipper has all.
         target: As in :meth:`GradientClipper.clip_`.
-        groups: Of each clipper its parameters, as positions among those of ``target``. Together they hold each
-            parameter once. ``None``: the one clipper has all.
         grad_scaler: As in :meth:`GradientClipper.clip_`.
         shards: As in :meth:`GradientClipper.clip_`.
 
     Returns:
         A record per clipper; ``None`` where no parameter of its group has a gradient.
     """
-    target = unwrapped(target)
-    optimizer = target if hasattr(target, "param_groups") else None
-    for clipper in clippers if optimizer is not None else ():
-        clipper._bind(optimizer, shards)
-    parameters = list(parameters_of(target))
-    gradients = Gradients.of(parameters, shards)
-    if not gradients.tensors and gradients.shards is None:
+    (first, _), parameters = clippers[0], parameters_of(target)
+    optimizer = unwrapped(target) if hasattr(target, "param_groups") else None
+    gate = None if optimizer is None else _gate_of(optimizer, clippers, parameters, shards)
+    scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
+    if not (are_shared(parameters, shards) or any(parameter.grad is not None for parameter in parameters)):
         return [None] * len(clippers)
-    nonfinite, by_value = clippers[0].nonfinite, clippers[0].gradient_clip_algorithm == "value"
-    scale: Number | None = pending_scale(grad_scaler, optimizer)
-    if scale is not None and nonfinite != "ignore" and must_not_skip_itself(optimizer):
-        grad_scaler.unscale_(optimizer)  # type: ignore[union-attr, arg-type]
-        scale = None
-    parts = [gradients] if groups is None else gradients.parts(groups)
-    norms = gradients.norms()
-    norm, numels, of_all = gradients.whole(norms, [part.numel() for part in parts] if by_value else ())
-    if scale is not None:
-        scale = float(scale) if isinstance(norm, float) else torch.as_tensor(scale, device=norm.device)
-        norm = _divided(norm, scale)
-    records: list[StepRecord | None] = []
-    for i, (clipper, part) in enumerate(zip(clippers, parts, strict=True)):
-        if not part.tensors and (part.shards is None or _is_frozen(parameters, groups, i)):
-            records.append(None)
-            continue
-        own, own_norms = (norm, of_all) if groups is None else _of_group(of_all, groups[i], scale)
-        statistic = _divided(own, numels[i] ** 0.5) if by_value else own
-        threshold = clipper._decide(norm, statistic)
-        if by_value:
-            part.clip_value_(own, threshold if scale is None else threshold * scale)
-        else:  # the factor is a ratio: the same at every loss scale
-            part.clip_norm_(own, threshold)
-        clipped = _unknown(own) if by_value else _smaller(own, threshold)
-        records.append(StepRecord(own, clipped, statistic, threshold, clipper._nonfinite, own_norms))
-    if by_value:
-        records = _with_clipped_norms(records, clippers, gradients, groups, norm, scale)
-    if nonfinite == "raise":
-        raise_if_nonfinite(norm, norms, gradients, grad_scaler, records)
-    if nonfinite != "ignore":
-        skip_if_nonfinite(norm, gradients, optimizer, grad_scaler, pending=scale is not None)
+    found_infs = None if scaler is None else unscale_(scaler, target)
+    gradients = Gradients(parameters, shards)
+    read = not _numbers.reads_are_free(gradients.device) and must_be_read(
+        first.nonfinite, optimizer, scaler is not None, gradients.shards is not None
+    )
+    norms, numels = gradients.norms_and_numels(read, first.gradient_clip_algorithm == "value")
+    norm = norm_of(norms)
+    is_finite = norm < math.inf
+    records = [
+        _clip_part(clipper, positions, gradients, norms, numels, norm, is_finite)
+        if gradients.shards is None or _may_have_gradients(parameters, positions)
+        else None
+        for clipper, positions in clippers
+    ]
+    if first.gradient_clip_algorithm == "value":
+        records = _with_clipped_norms(records, clippers, gradients, is_finite, read)
+    if first.nonfinite == "raise":
+        raise_if_nonfinite(float(norm), list(norms), parameters, scaler, records)
+    if first.nonfinite != "ignore":
+        skip_if_nonfinite(is_finite, parameters, optimizer, gate, found_infs)
     return records
 
 
-def _is_frozen(parameters: Sequence[Tensor], groups: Sequence[Sequence[int]] | None, index: int) -> bool:
-    """Whether a group will have no gradient on any process."""
-    return groups is not None and not any(parameters[at].requires_grad for at in groups[index])
+def _gate_of(
+    optimizer: Any,
+    clippers: Sequence[tuple[GradientClipper, Any]],
+    parameters: Sequence[Any],
+    shards: Mapping[Tensor, Shard] | None,
+) -> StepGate | None:
+    """Bind the clippers to the optimizer, and have its gate expect the step."""
+    for clipper, _ in clippers:
+        clipper._bind(optimizer)
+    is_flat = shards is None and any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters)
+    if is_flat and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            "Expected `shards` beside an optimizer of `FullyShardedDataParallel` parameters: without them each"
+            " process would clip its part at a threshold of its own. Shard with `fully_shard` (FSDP2), whose"
+            " gradients tell what is held, or use a Trainer with the callback."
+        )
+    if (gate := StepGate.of(optimizer)) is not None:
+        gate.expect(optimizer)
+    return gate
+
+
+def _may_have_gradients(parameters: Sequence[Tensor], positions: Sequence[int] | None) -> bool:
+    """Whether some process may have a gradient of a group."""
+    return positions is None or any(parameters[position].requires_grad for position in positions)
+
+
+def _clip_part(
+    clipper: GradientClipper,
+    positions: Sequence[int] | None,
+    gradients: Gradients,
+    norms: Numbers,
+    numels: Numbers,
+    norm: Number,
+    is_finite: bool | Tensor,
+) -> StepRecord | None:
+    """Record, decide and clip for the parameters of one clipper."""
+    tensors = gradients.tensors if positions is None else [gradients.tensors[position] for position in positions]
+    if gradients.shards is None and not any(at(gradients.has, positions)):
+        return None
+    own_norms = at(norms, positions)
+    own = norm if positions is None else norm_of(own_norms)
+    if clipper.gradient_clip_algorithm == "norm":
+        threshold = clipper._decide(is_finite, own)
+        clip_norm_(tensors, own, threshold)
+        return StepRecord(own, _smaller(own, threshold), own, threshold, clipper._nonfinite, own_norms)
+    statistic = _root_mean_square(own, at(numels, positions))
+    threshold = clipper._decide(is_finite, statistic)
+    clip_value_(tensors, own, threshold)
+    return StepRecord(own, _unknown(own), statistic, threshold, clipper._nonfinite, own_norms)
 
 
 def _with_clipped_norms(
     records: list[StepRecord | None],
-    clippers: Sequence[GradientClipper],
+    clippers: Sequence[tuple[GradientClipper, Sequence[int] | None]],
     gradients: Gradients,
-    groups: Sequence[Sequence[int]] | None,
-    norm: Number,
-    scale: Number | None,
+    is_finite: bool | Tensor,
+    read: bool,
 ) -> list[StepRecord | None]:
     """The records of clipping by value, with the norms after it where they are due: one more read of the gradients."""
-    pairs = zip(clippers, records, strict=True)
-    due = [record is not None and clipper._is_measured(norm) for clipper, record in pairs]
+    pairs = zip(records, clippers, strict=True)
+    due = [record is not None and clipper._is_measured(is_finite) for record, (clipper, _) in pairs]
     if not any(due):
         return records
-    whole, _, of_all = gradients.whole(gradients.norms())
-    whole = whole if scale is None else _divided(whole, scale)
-    clipped = [whole] if groups is None else [_of_group(of_all, positions, scale)[0] for positions in groups]
+    after = gradients.norms(read)
     return [
-        record._replace(clipped_norm=after) if record is not None and is_due else record
-        for record, after, is_due in zip(records, clipped, due, strict=True)
+        record._replace(clipped_norm=norm_of(at(after, positions))) if record is not None and is_due else record
+        for record, (_, positions), is_due in zip(records, clippers, due, strict=True)
     ]
 
 
-def _of_group(
-    norms: list[float] | Tensor, positions: Sequence[int], scale: Number | None
-) -> tuple[Number, list[float] | Tensor]:
-    """The norm of a group's gradients at their true scale, and those of its parameters."""
-    own = at_positions(norms, positions)
-    norm = norm_of(own)
-    return norm if scale is None else _divided(norm, scale), own
-
-
-def _divided(number: Number, divisor: Number) -> Number:
-    if not isinstance(divisor, Tensor) and divisor == 0:  # no entries, or a loss scale that has vanished
-        return math.nan if isinstance(number, float) else torch.full_like(number, math.nan)
-    quotient = number / divisor
-    return quotient if isinstance(quotient, Tensor) else single(quotient)
+def _root_mean_square(norm: Number, numels: Numbers) -> Number:
+    """The root-mean-square entry: NaN where there are no entries."""
+    if isinstance(norm, Tensor):
+        numel = numels.sum() if isinstance(numels, Tensor) else float(sum(numels))
+        return norm / (numel**0.5 if isinstance(numel, Tensor) or numel else math.nan)
+    return single(norm / math.sqrt(math.fsum(numels) or math.nan))
 
 
 def _unknown(like: Number) -> Number:
-    return math.nan if isinstance(like, float) else torch.full_like(like, math.nan)
+    return constant(math.nan, like.device) if isinstance(like, Tensor) else math.nan
 
 
 def _smaller(number: Number, other: Number) -> Number:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
-from lightning_autoclip.clipping._numbers import Number
-from lightning_autoclip.clipping.gradients import Gradients
+_STEP_WHAT_THEY_WRAP = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -28,19 +28,32 @@ class NonFiniteGradientError(RuntimeError):
         self.parameters, self.records = parameters, records
 
 
+def wrapped_in(target: Any) -> list[Any]:
+    """An optimizer and those that it wraps, outermost first, whatever their attribute is called."""
+    found = [target]
+    while True:
+        held = getattr(found[-1], "__dict__", {}).values()
+        inner = next((x for x in held if hasattr(x, "param_groups") and all(x is not known for known in found)), None)
+        if inner is None:
+            return found
+        found.append(inner)
+
+
 def unwrapped(target: Any) -> Any:
-    """The optimizer inside Lightning's and Fabric's wrappers, which scalers and hooks know by its own identity."""
-    while any(base.__name__ in ("LightningOptimizer", "_FabricOptimizer") for base in type(target).__mro__):
-        target = target.optimizer
+    """The optimizer inside Lightning's, Fabric's and Accelerate's wrappers: the one whose step is made."""
+    for optimizer in wrapped_in(target):
+        if not any(base.__name__ in _STEP_WHAT_THEY_WRAP for base in type(optimizer).__mro__):
+            return optimizer
     return target
 
 
-def parameters_of(target: Any) -> Iterable[Tensor]:
+def parameters_of(target: Any) -> list[Tensor]:
     """The parameters of an optimizer, or those that were given, each once; anything else is a `TypeError`."""
     if hasattr(target, "param_groups"):
-        return chain.from_iterable(group["params"] for group in target.param_groups)
-    several = isinstance(target, Iterable) and not isinstance(target, Tensor)
-    parameters = list({id(parameter): parameter for parameter in (target if several else [target])}.values())
+        given: Iterable[Any] = chain.from_iterable(group["params"] for group in target.param_groups)
+    else:
+        given = target if isinstance(target, Iterable) and not isinstance(target, Tensor) else [target]
+    parameters = list({id(parameter): parameter for parameter in given}.values())
     for parameter in parameters:
         if not isinstance(parameter, Tensor):
             raise TypeError(
@@ -50,91 +63,218 @@ def parameters_of(target: Any) -> Iterable[Tensor]:
     return parameters
 
 
-def pending_scale(grad_scaler: GradScaler | None, optimizer: Any) -> Tensor | None:
-    """The scale by which the gradients are still multiplied: shape ``()``, float32; ``None`` if they are not."""
-    if grad_scaler is None or not grad_scaler.is_enabled():
-        return None
-    if optimizer is None:
+def unscale_(grad_scaler: GradScaler, target: Any) -> list[Tensor]:
+    """Unscale the gradients unless that was done before, as ``grad_scaler.step`` would.
+
+    A wrapper and the optimizer in it have the same gradients, and nobody but the user knows which of both the scaler
+    will step: what is unscaled counts as unscaled for both.
+
+    Returns:
+        On each device shape ``()``, float32: where the scaler keeps whether it has found an infinity.
+    """
+    if not hasattr(target, "param_groups"):
         raise ValueError(
             "Expected the optimizer beside `grad_scaler`: which gradients are unscaled is kept per optimizer."
         )
-    state = grad_scaler._per_optimizer_states.get(id(optimizer))
-    unscaled = state is not None and state["stage"] is not OptState.READY
-    return None if unscaled else grad_scaler._scale
+    states, optimizers = grad_scaler._per_optimizer_states, wrapped_in(target)
+    known = [states[id(optimizer)] for optimizer in optimizers if id(optimizer) in states]
+    state = next((state for state in known if state["stage"] is not OptState.READY), None)
+    if state is None:
+        grad_scaler.unscale_(unwrapped(target))
+        state = states[id(unwrapped(target))]
+    for optimizer in optimizers:
+        states[id(optimizer)] = state
+    return list(state["found_inf_per_device"].values())
 
 
-def raise_if_nonfinite(
-    norm: Number,
-    norms: list[float] | Tensor,
-    gradients: Gradients,
-    grad_scaler: GradScaler | None,
-    records: Sequence[Any],
-) -> None:
-    """Raise at a non-finite norm, unless a `GradScaler` may cure it by lowering its scale. Reads the host."""
-    if math.isfinite(norm):
-        return
-    if grad_scaler is not None and grad_scaler.is_enabled() and grad_scaler.get_scale() > 1:
-        return
-    finite = torch.as_tensor(norms, dtype=torch.float64).isfinite().tolist()
-    bad = [parameter for parameter, is_finite in zip(gradients.parameters, finite, strict=True) if not is_finite]
-    where = f"a NaN or an infinity in the gradient of {len(bad)} of {len(finite)} parameters"
-    if not bad:
-        where = "beyond float32" if gradients.shards is None else "not finite in what another process holds"
-    raise NonFiniteGradientError(f"The norm of the gradient is {float(norm)}: {where}.", bad, records)
+class StepGate:
+    """Stands before the step of one optimizer: knows of each step, and leaves one out on demand.
 
+    A step that is left out moves neither weights nor momentum and decays nothing, since for its time the parameters
+    have no gradients. Whoever looks at them before or after the step (other callbacks, hooks of the module) sees them.
+    The optimizer's own step hooks do it, where Lightning computes the gradients inside of the step (``closure``) too.
 
-def skip_if_nonfinite(
-    norm: Number, gradients: Gradients, optimizer: Any, grad_scaler: GradScaler | None, pending: bool
-) -> None:
-    """See to it that the coming step moves no weight if the norm is not finite: neither momentum nor weight decay."""
-    if isinstance(norm, float) and norm < math.inf:
-        return
-    nonfinite = torch.as_tensor(norm < math.inf).logical_not()
-    if pending:
-        # The scaler will look for an infinity itself. A norm beyond float32 is one too, though no entry may be, and so
-        # is the infinity of another process.
-        for tensor in [tensor for tensor in gradients.tensors if tensor.numel()][:1]:
-            tensor[(0,) * tensor.dim()].add_(torch.where(nonfinite, math.inf, 0.0).to(tensor.device))
-        return
-    scales = grad_scaler is not None and grad_scaler.is_enabled()
-    if scales:
-        for found_inf in grad_scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():  # type: ignore[union-attr]
-            # Where it looks before the step. Fused kernels skip at exactly 1: 2 would be no infinity to them.
-            torch.maximum(found_inf, nonfinite.to(found_inf), out=found_inf)
-    if not must_not_skip_itself(optimizer):
-        if scales:
+    Attributes:
+        computed: How many times the step that is being made has computed gradients.
+        passed_by: How many steps were made that :meth:`expect` did not announce.
+    """
+
+    _all: ClassVar[WeakKeyDictionary[Any, StepGate]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self.computed = self.passed_by = 0
+        self._is_expected = self._leaves_out = self._has_stepped = False
+        self._depth = 0  # a subclass's step may call its parent's, and both have the hooks
+        self._taken: list[tuple[Tensor, Tensor]] = []
+        self._found_inf: Tensor | None = None
+
+    @classmethod
+    def of(cls, optimizer: Any) -> StepGate | None:
+        """The gate of an optimizer; ``None`` for what has no step hooks of torch."""
+        is_hooked = getattr(getattr(type(optimizer), "step", None), "hooked", False)
+        if not is_hooked or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            return None
+        if (gate := cls._all.get(optimizer)) is None:
+            gate = cls._all[optimizer] = cls()
+            optimizer.register_step_pre_hook(gate._before)
+            optimizer.register_step_post_hook(gate._after)
+        return gate
+
+    def expect(self, optimizer: Any) -> None:
+        """Announce a step. What was said of one that was never made is taken back."""
+        self._is_expected, self._leaves_out, self._taken = True, False, []
+        self._forget_found_inf(optimizer)
+        if not self.computed:  # not within a step, whatever has become of the last one
+            self._depth = 0
+
+    def leave_out(self, optimizer: Any) -> None:
+        """Have the coming step change nothing."""
+        self._leaves_out = True
+        if not self._has_stepped:  # the hooks may be younger than the step that is being made
+            self._take(optimizer)
+
+    def leave_out_if(self, found_inf: Tensor, optimizer: Any) -> None:
+        """Have the coming step of a fused optimizer change nothing if this, on its device, is 1."""
+        optimizer.found_inf = self._found_inf = found_inf
+
+    def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._depth, self._has_stepped = self._depth + 1, True
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._take(optimizer)
+            return None
+        if getattr(closure, "autoclip_gate", None) is self:
+            return None  # of the subclass's step
+        self.computed, self._depth = 0, 1
+        within = self._around(closure, optimizer)
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": within}
+        return (args[0], within, *args[2:]), kwargs
+
+    def _around(self, closure: Callable[..., Any], optimizer: Any) -> Callable[..., Any]:
+        def within(*args: Any, **kwargs: Any) -> Any:
+            self.computed += 1
+            loss = closure(*args, **kwargs)
+            self._take(optimizer)
+            return loss
+
+        within.autoclip_gate = self  # type: ignore[attr-defined]
+        return within
+
+    def _take(self, optimizer: Any) -> None:
+        if self._leaves_out:
+            self._leaves_out = False
+            for parameter in parameters_of(optimizer):
+                if parameter.grad is not None:
+                    self._taken.append((parameter, parameter.grad))
+                    parameter.grad = None
+
+    def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._forget_found_inf(optimizer)
+        self._depth, self._has_stepped = self._depth - 1, True
+        if self._depth > 0:
             return
-        if isinstance(norm, Tensor) and steps_with_found_inf(optimizer):
-            # A fused step that finds 1 here leaves weights and state as they are.
-            optimizer.found_inf = optimizer._clippers_found_inf = nonfinite.to(torch.float32)
-            return
-    if nonfinite.item():
-        for parameter in gradients.parameters:
-            parameter.grad = None
+        self.passed_by += not self._is_expected
+        self.computed, self._depth, self._is_expected = 0, 0, False
+        for parameter, gradient in self._taken:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad
+        self._taken = []
+
+    def _forget_found_inf(self, optimizer: Any) -> None:
+        """Torch would believe it at every later step. A scaler deletes its own itself."""
+        if self._found_inf is not None and getattr(optimizer, "found_inf", None) is self._found_inf:
+            del optimizer.found_inf
+        self._found_inf = None
 
 
 def steps_with_found_inf(optimizer: Any) -> bool:
     """Whether the optimizer's step reads ``found_inf``: all of its groups are fused."""
-    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
+    supports = getattr(optimizer, "_step_supports_amp_scaling", False) and StepGate.of(optimizer) is not None
     return supports and all(group.get("fused") for group in optimizer.param_groups)
 
 
-def must_not_skip_itself(optimizer: Any) -> bool:
+def must_not_skip_itself(optimizer: Any, is_sharded: bool = False) -> bool:
     """Whether a fused step that is told to skip would leave uninitialised memory as momentum behind.
 
     Fused SGD allocates momentum buffers when it first meets their parameters, without filling them, and a skipped
     kernel leaves them so (torch 2.13, also under a `GradScaler`). That step must be skipped by having no gradients.
+
+    Args:
+        optimizer: The optimizer.
+        is_sharded: Whether other processes may meet a parameter at another step than this one, though all of them must
+            go the same way.
     """
     return steps_with_found_inf(optimizer) and any(
-        parameter.grad is not None and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
+        is_sharded or (parameter.grad is not None and optimizer.state.get(parameter, {}).get("momentum_buffer") is None)
         for group in optimizer.param_groups
         if group.get("momentum")
         for parameter in group["params"]
     )
 
 
-def forget_found_inf(optimizer: Any, args: Any = None, kwargs: Any = None) -> None:
-    """Take back what :func:`skip_if_nonfinite` told a fused optimizer: torch would believe it at every later step."""
-    ours = optimizer.__dict__.pop("_clippers_found_inf", None)
-    if ours is not None and getattr(optimizer, "found_inf", None) is ours:  # a scaler's own it deletes itself
-        del optimizer.found_inf
+def must_be_read(nonfinite: str, optimizer: Any, has_scaler: bool, is_sharded: bool) -> bool:
+    """Whether the host must know the norm before the step: where nothing on the accelerator can leave it out."""
+    if nonfinite != "skip":
+        return nonfinite == "raise"
+    return not (has_scaler or steps_with_found_inf(optimizer)) or must_not_skip_itself(optimizer, is_sharded)
+
+
+def raise_if_nonfinite(
+    norm: float,
+    norms: Sequence[float],
+    parameters: Sequence[Tensor],
+    grad_scaler: GradScaler | None,
+    records: Sequence[Any],
+) -> None:
+    """Raise at a non-finite norm, unless a `GradScaler` may cure it by lowering its scale.
+
+    Args:
+        norm: Of the whole gradient.
+        norms: Of the gradient of each parameter.
+        parameters: The parameters.
+        grad_scaler: The scaler of the loss.
+        records: For the error.
+    """
+    if norm < math.inf or (grad_scaler is not None and grad_scaler.get_scale() > 1):
+        return
+    bad = [parameter for parameter, own in zip(parameters, norms, strict=True) if not math.isfinite(own)]
+    having = sum(parameter.grad is not None for parameter in parameters)
+    where = f"a NaN or an infinity in the gradient of {len(bad)} of {having} parameters" if bad else "beyond float32"
+    raise NonFiniteGradientError(f"The norm of the gradient is {norm}: {where}.", bad, records)
+
+
+def skip_if_nonfinite(
+    is_finite: bool | Tensor,
+    parameters: Sequence[Tensor],
+    optimizer: Any,
+    gate: StepGate | None,
+    found_infs: list[Tensor] | None,
+) -> None:
+    """See to it that the coming step moves no weight if the norm is not finite: neither momentum nor weight decay.
+
+    Args:
+        is_finite: Whether the norm is; a tensor where nobody may read it.
+        parameters: Those that step.
+        optimizer: Their optimizer; ``None`` if it is not known.
+        gate: Of the optimizer.
+        found_infs: Where the scaler keeps whether it has found an infinity, if there is one.
+    """
+    if is_finite is True:
+        return
+    if found_infs:
+        # Where it looks before the step. A norm beyond float32 is an infinity too, though no entry may be. The scaler
+        # adds up what stands here, and fused kernels skip at exactly 1.
+        first, *others = found_infs
+        bad = is_finite.logical_not().to(first) if isinstance(is_finite, Tensor) else torch.ones_like(first)
+        torch.maximum(first, bad, out=first)
+        for other in others:
+            other.zero_()
+    if isinstance(is_finite, Tensor):
+        if found_infs is None and gate is not None:
+            gate.leave_out_if(is_finite.logical_not().to(torch.float32), optimizer)
+    elif found_infs is None or must_not_skip_itself(optimizer):
+        if gate is not None:
+            gate.leave_out(optimizer)
+        else:
+            for parameter in parameters:
+                parameter.grad = None

@@ -1,4 +1,4 @@
-"""Policies: from the recorded norms to a threshold. Stateless, pure tensor functions."""
+"""Policies: from the recorded norms to a threshold. Stateless."""
 
 from __future__ import annotations
 
@@ -9,55 +9,68 @@ import torch
 from torch import Tensor
 
 from lightning_autoclip._checks import check_positive
-from lightning_autoclip.clipping.record import check_percentile, percentile_of, percentile_on_host
+from lightning_autoclip.clipping._numbers import Number, constant, single
+from lightning_autoclip.clipping.record import History, check_percentile
 
 
 class Policy(ABC):
     """A rule that turns recorded norms into a threshold. Subclass it for a rule of your own.
 
     Example:
-        >>> import torch
-        >>> from lightning_autoclip import Policy
+        >>> from lightning_autoclip import History, Policy
         >>> class TwiceTheMean(Policy):
-        ...     def __call__(self, norms, count):
-        ...         recorded = torch.arange(norms.numel(), device=norms.device) < count
-        ...         return 2 * torch.where(recorded, norms, 0.0).sum() / count
-        >>> TwiceTheMean()(torch.tensor([1.0, 2.0, float("inf")]), torch.tensor(2))
-        tensor(3.)
+        ...     def __call__(self, history):
+        ...         return 2 * history.mean()
+        >>> history = History()
+        >>> history.record(1.0)
+        >>> history.record(2.0)
+        >>> TwiceTheMean()(history)
+        3.0
     """
 
     @abstractmethod
-    def __call__(self, norms: Tensor, count: Tensor) -> Tensor:
+    def __call__(self, history: History) -> Number:
         """Return the threshold.
 
-        Must not read a tensor back to the host (no ``.item()``, ``float()``, ``if tensor``).
-
         Args:
-            norms: Shape ``(n,)``, float32, ascending, the current norm included, then padded with ``+inf``.
-            count: Shape ``()``, int64: how many of them are norms. The result is not used while it is 0.
+            history: The record, the current norm included, not empty: `History.percentile`, ``mean`` and ``std``. These
+                return floats on the CPU and tensors of shape ``()`` on an accelerator, which may be calculated with
+                but not read (no ``.item()``, ``float()``, ``if tensor``): the host would wait in each step.
 
         Returns:
-            Shape ``()``, float32, on the device of ``norms``.
+            At least 0: a float, or a tensor of shape ``()``.
         """
 
-    def on_host(self, norms: memoryview, count: int) -> float:
-        """Return the threshold where reads are free. Override it where small tensor operations cost too much.
 
-        Args:
-            norms: The same as plain floats, which must not be written to.
-            count: At least 1.
-        """
-        return threshold_of(
-            self, torch.frombuffer(norms, dtype=torch.float32), torch.tensor(count, device="cpu")
-        ).item()
+def threshold_of(policy: Policy, history: History) -> float:
+    """What a policy asks for, as a float32.
+
+    Raises:
+        TypeError: It is not one number.
+        ValueError: It is below 0.
+    """
+    threshold = single(float(_asked(policy, history)))
+    if threshold < 0:
+        raise ValueError(f"Expected `policy` to return a threshold of at least 0, but {policy!r} gave {threshold}.")
+    return threshold
 
 
-def threshold_of(policy: Policy, norms: Tensor, count: Tensor) -> Tensor:
-    """What a policy asks for: shape ``()``, float32. Anything but one number is a `TypeError`."""
-    threshold = policy(norms, count)
-    if not isinstance(threshold, Tensor) or threshold.numel() != 1:
-        raise TypeError(f"Expected `policy` to return a tensor of shape (), but {policy!r} gave {threshold!r}.")
-    return threshold.to(torch.float32).reshape(())
+def threshold_on_device(policy: Policy, history: History, device: torch.device) -> Tensor:
+    """The same on an accelerator, shape ``()``, float32. Below 0, which nobody reads there, it counts as 0."""
+    threshold = _asked(policy, history)
+    if not isinstance(threshold, Tensor):
+        return constant(threshold, device)
+    return threshold.to(torch.float32).reshape(()).clamp(min=0.0)
+
+
+def _asked(policy: Policy, history: History) -> Number:
+    try:
+        threshold = policy(history)
+    except StopIteration as error:  # which would end a training loop as if its data had come to an end
+        raise RuntimeError(f"`policy` raised StopIteration: {policy!r}.") from error
+    if threshold.numel() != 1 if isinstance(threshold, Tensor) else not isinstance(threshold, (int, float)):
+        raise TypeError(f"Expected `policy` to return one number, but {policy!r} gave {threshold!r}.")
+    return threshold
 
 
 @dataclass(frozen=True)
@@ -83,16 +96,10 @@ class Percentile(Policy):
         object.__setattr__(self, "percentile", check_percentile(self.percentile))
         _check_positive(self, "multiplier")
 
-    def __call__(self, norms: Tensor, count: Tensor) -> Tensor:
+    def __call__(self, history: History) -> Number:
         """Return ``multiplier`` times the percentile."""
-        threshold = percentile_of(norms, count, self.percentile)
+        threshold = history.percentile(self.percentile)
         return threshold if self.multiplier == 1 else threshold * self.multiplier
-
-    def on_host(self, norms: memoryview, count: int) -> float:
-        """Return the same with plain numbers."""
-        if type(self).__call__ is not Percentile.__call__:  # a subclass that knows nothing of this form
-            return super().on_host(norms, count)
-        return percentile_on_host(norms, count, self.percentile) * self.multiplier
 
 
 @dataclass(frozen=True)
@@ -112,12 +119,10 @@ class ZScore(Policy):
     def __post_init__(self) -> None:
         _check_positive(self, "z")
 
-    def __call__(self, norms: Tensor, count: Tensor) -> Tensor:
+    def __call__(self, history: History) -> Number:
         """Return mean + z * standard deviation."""
-        recorded = torch.arange(norms.numel(), device=norms.device) < count
-        mean = torch.where(recorded, norms, 0.0).sum() / count
-        variance = torch.where(recorded, norms - mean, 0.0).square().sum() / count
-        return mean + self.z * variance.sqrt()
+        mean, std = history.moments()
+        return mean + self.z * std
 
 
 @dataclass(frozen=True)
@@ -137,9 +142,9 @@ class Constant(Policy):
     def __post_init__(self) -> None:
         _check_positive(self, "threshold")
 
-    def __call__(self, norms: Tensor, count: Tensor) -> Tensor:
+    def __call__(self, history: History) -> Number:
         """Return the threshold."""
-        return norms.new_full((), self.threshold)
+        return self.threshold
 
 
 def _check_positive(policy: Policy, name: str) -> None:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from array import array
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from torchmetrics import Metric
 
 from lightning_autoclip._checks import check_integer, check_number
 from lightning_autoclip.clipping import _numbers
-from lightning_autoclip.clipping._numbers import Number, single
+from lightning_autoclip.clipping._numbers import Number, constant, single
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _FIRST_CAPACITY = 1024
-_INF = math.inf
 
 
 def check_percentile(percentile: float) -> float:
@@ -37,45 +37,14 @@ def check_percentile(percentile: float) -> float:
     return number
 
 
-def percentile_of(ordered: Tensor, count: Tensor, percentile: float) -> Tensor:
-    """Percentile of the first ``count`` entries of a sorted tensor, by linear interpolation.
+class History:
+    """The values of the last ``window`` steps, or of all of them: what a policy decides from.
 
-    Equal to ``numpy.percentile`` (method ``"linear"``) and free of host reads: ``count`` stays on its device.
-
-    Args:
-        ordered: Shape ``(n,)``, ascending; entries from ``count`` on are ignored.
-        count: Shape ``()``, integer, from 0 to ``n``, on the device of ``ordered``.
-        percentile: Between 0 and 100.
-
-    Returns:
-        Shape ``()``, dtype of ``ordered``. What it holds for ``count == 0`` means nothing.
-    """
-    # float64 keeps the fraction exact at a million entries; MPS has none.
-    exact = torch.float32 if ordered.device.type == "mps" else torch.float64
-    last = count - 1
-    rank = last.to(exact) * (percentile / 100)
-    below = rank.long()
-    above = torch.minimum(below + 1, last)
-    return torch.lerp(ordered.take(below), ordered.take(above), (rank - below).to(ordered.dtype))
-
-
-def percentile_on_host(ordered: Sequence[float], count: int, percentile: float) -> float:
-    """Do the same with plain numbers: ``count`` is at least 1."""
-    position = (count - 1) * (percentile / 100)
-    below = int(position)
-    low, between = ordered[below], position - below
-    return single(low + between * (ordered[below + 1] - low)) if between else low
-
-
-class History(Metric):
-    """The finite values of the last ``window`` updates, or of all of them, in order and sorted.
-
-    Values live on the metric's device. On an accelerator nothing is read back to the host by :meth:`update`: a value is
-    put into the sorted record by one clamp (``sorted[i] = clamp(x, sorted[i-1], sorted[i])``) and the oldest one leaves
-    it by one select. On the CPU it is a binary search and a shift. Either way a step costs the same from the first to
-    the last with a window, and one pass over the record at most without one. A NaN or an infinity never enters.
-
-    The record is the same on every rank if the values are; it is never reduced over processes.
+    It has two forms. Floats are recorded as floats, in order and sorted, by a binary search and a shift. Tensors of an
+    accelerator are recorded there, without a read by the host: what does not count goes to a place of its own in a ring
+    of ``window`` places, and the ring is sorted anew (the full history, which would be dear to sort, is kept sorted by
+    one clamp). The record follows the values from one form to the other. It is the same on every rank if the values
+    are, and is never reduced over processes.
 
     Args:
         window: How many values to keep, at least 1, or ``None`` for all of them.
@@ -83,219 +52,211 @@ class History(Metric):
     Raises:
         TypeError: ``window`` is neither an integer nor ``None``.
         ValueError: ``window`` is below 1.
+
+    Example:
+        >>> from lightning_autoclip import History
+        >>> history = History(window=3)
+        >>> for norm in (9.0, 1.0, 3.0, 2.0):
+        ...     history.record(norm)
+        >>> history.percentile(50), history.mean(), history.recorded
+        (2.0, 2.0, tensor([1., 3., 2.]))
     """
 
-    full_state_update = True  # `forward` must not merge two records by a reduction of their tensors
-    values: Tensor  # oldest first until the window is full, then a ring; +inf where there is none yet
-    count: Tensor  # how many values came in; the ring goes on at `count % window`
-    sorted: Tensor  # -inf, the values in ascending order, +inf to the end
-    length: Tensor  # of the ring; a state, so that a MetricCollection does not merge records of several windows
-
     def __init__(self, window: int | None = 100) -> None:
-        super().__init__(sync_on_compute=False)
         if window is not None:
             window = check_integer("window", window, "an integer of at least 1, or `None` for the full history", 1)
         self.window = window
-        capacity = _FIRST_CAPACITY if window is None else min(window, _FIRST_CAPACITY)
-        empty = torch.full((capacity,), _INF, dtype=torch.float32)
-        self.add_state("length", torch.tensor(window or 0))  # first: torchmetrics 1.4 compares no other to merge
-        self.add_state("values", empty, persistent=True)
-        self.add_state("count", torch.zeros((), dtype=torch.int64), persistent=True)
-        self.add_state("sorted", torch.cat((-empty[:1], empty, empty[:1])))
-        self._spare = self.sorted.clone()  # what the next sorted record is written to
-        self._memory: Any = None  # of the tensors above, and which they were
+        self._set([], 0)
 
-    @torch.no_grad()
-    def update(self, value: Tensor | float) -> None:
+    def _set(self, values: Sequence[float], count: int) -> None:
+        """Make the last ``window`` of these values, oldest first, the record: the newest of ``count`` values."""
+        kept = array("f", values if self.window is None else values[-self.window :])
+        self._on_device: _OnDevice | None = None
+        self._ordered = array("f", sorted(kept))
+        if len(kept) == self.window:  # a ring, whose oldest value stands at `count % window`
+            start = -count % self.window
+            kept = kept[start:] + kept[:start]
+        else:  # a window that has grown since begins as a partly filled one
+            count = len(kept)
+        self._values, self._count = kept, count
+
+    def record(self, value: Number, counts: Tensor | None = None) -> None:
         """Record one value.
 
         Args:
-            value: Shape ``()`` or ``(1,)``, a real dtype (kept as float32), or a float. Not recorded if not finite.
-
-        Raises:
-            ValueError: There is not exactly one value; :meth:`extend` takes many.
+            value: A finite float; or shape ``()``, float32, of an accelerator.
+            counts: With a tensor, shape ``()``, bool: whether the value, which may be anything else, is recorded.
         """
-        value = torch.as_tensor(value, dtype=torch.float32, device=self.values.device)
-        if value.numel() != 1:
-            raise ValueError(
-                f"Expected one `value`, but got a tensor of shape {tuple(value.shape)}. `extend` takes many."
-            )
-        self._insert(value.item() if _numbers.reads_are_free(value.device) else value.reshape(()))
-
-    def record(self, value: Number) -> None:
-        """Do what :meth:`update` does, without its checks and without what torchmetrics does around it."""
-        self.__dict__.update(_update_count=self._update_count + 1, _computed=None)
-        self._insert(value)
-
-    def _insert(self, value: Number) -> None:
-        if isinstance(value, float):
-            if math.isfinite(value):
-                self._insert_on_host(value)
+        if isinstance(value, Tensor):
+            if self._on_device is None or self._on_device.ring.device != value.device:
+                self._on_device = _OnDevice(self.recorded, self.count, self.window, value.device)
+            self._on_device.record(value, torch.ones_like(value, dtype=torch.bool) if counts is None else counts)
             return
-        self._make_room()
-        old, new = self.sorted, self._spare
-        entering = value.nan_to_num(_INF, _INF, _INF)
-        finite = entering < _INF
-        slot = (self.count if self.window is None else self.count % self.length).reshape(1)
-        oldest = self.values.gather(0, slot)  # +inf where the slot is still empty
-        self.values.scatter_(0, slot, torch.where(finite, entering, oldest))
-        self.count += finite
-        if self.window is not None:
-            leaving = torch.where(finite, oldest, entering)  # +inf takes nothing out
-            torch.where(old[:-1] < leaving, old[:-1], old[1:], out=new[:-1])
-            old, new = new, old
-        torch.clamp(entering, min=old[:-1], max=old[1:], out=new[1:])  # +inf puts nothing in
-        self.sorted, self._spare = new, old
+        if self._on_device is not None:
+            self._set(self.recorded.tolist(), self.count)
+        if len(self._values) == self.window:
+            slot = self._count % self.window
+            del self._ordered[bisect_left(self._ordered, self._values[slot])]
+            self._values[slot] = value
+        else:
+            self._values.append(value)
+        insort(self._ordered, value)
+        self._count += 1
 
-    def _insert_on_host(self, value: float) -> None:
-        ordered, ring, counter = self._on_host()
-        count = counter[0]
-        if count >= len(ring) and self.window != len(ring):
-            self._make_room()
-            ordered, ring, counter = self._on_host()
-        slot, end = count if self.window is None else count % self.window, min(count, len(ring))
-        if end == self.window:  # the oldest leaves
-            end -= 1
-            at = bisect_left(ordered, ring[slot], 0, end)
-            ordered[at:end] = ordered[at + 1 : end + 1]
-        at = bisect_left(ordered, value, 0, end)
-        ordered[at + 1 : end + 1] = ordered[at:end]
-        ordered[at] = ring[slot] = value
-        counter[0] = count + 1
-
-    def _on_host(self) -> tuple[Any, Any, Any]:
-        """The memory of :attr:`ordered`, ``values`` and ``count``, for plain arithmetic on the CPU."""
-        if self._memory is None or self._memory[0] is not self.sorted or self._memory[1] is not self.count:
-            tensors = self.sorted[1:], self.values, self.count.reshape(1)
-            self._memory = self.sorted, self.count, *(tensor.numpy().data for tensor in tensors)
-        _, _, ordered, ring, counter = self._memory
-        return ordered, ring, counter
-
-    @torch.no_grad()
     def extend(self, values: Tensor) -> None:
-        """Record many values at once, oldest first. Reads the host; not for use inside a step.
+        """Record many values at once, oldest first; those that are not finite are left out. Reads the host.
 
         Args:
-            values: Shape ``(n,)``, a real dtype. Those that are not finite are left out.
+            values: Shape ``(n,)``, a real dtype.
         """
-        values = torch.as_tensor(values, device=self.values.device).detach().reshape(-1).to(torch.float32)
+        values = torch.as_tensor(values).detach().reshape(-1).to("cpu", torch.float32)
         values = values[values.isfinite()]
-        self._set(torch.cat((self.recorded, values)), int(self.count) + values.numel())
-        self._update_count += values.numel()
-        self._computed = None
+        self._set(torch.cat((self.recorded, values)).tolist(), self.count + values.numel())
 
-    def compute(self) -> Tensor:
-        """Return the recorded values, oldest first: shape ``(n,)``, float32. Reads the host."""
-        return self.recorded
+    def percentile(self, percentile: float) -> Number:
+        """Percentile of the values, by linear interpolation, as ``numpy.percentile``.
+
+        Args:
+            percentile: Between 0 and 100.
+
+        Returns:
+            A float, or shape ``()``, float32, on the accelerator. NaN while the record is empty.
+        """
+        if self._on_device is not None:
+            return self._on_device.percentile(percentile)
+        if not self._ordered:
+            return math.nan
+        position = (len(self._ordered) - 1) * (percentile / 100)
+        below = int(position)
+        low, between = self._ordered[below], position - below
+        return single(low + between * (self._ordered[below + 1] - low)) if between else low
+
+    def mean(self) -> Number:
+        """Mean of the values: as :meth:`percentile` returns it, NaN while the record is empty."""
+        return self.moments()[0]
+
+    def std(self) -> Number:
+        """Population standard deviation of the values: as :meth:`percentile` returns it, NaN while it is empty."""
+        return self.moments()[1]
+
+    def moments(self) -> tuple[Number, Number]:
+        """:meth:`mean` and :meth:`std` at once."""
+        if self._on_device is not None:
+            return self._on_device.moments()
+        if not self._ordered:
+            return math.nan, math.nan
+        std, mean = torch.std_mean(torch.frombuffer(self._ordered, dtype=torch.float32).double(), correction=0)
+        return single(mean.item()), single(std.item())
 
     @property
     def recorded(self) -> Tensor:
-        """The values in the record, oldest first: shape ``(n,)``, float32. Reads the host."""
-        count = int(self.count)
-        if self.window is None or count <= self.window:
-            return self.values[:count].clone()
-        return self.values.roll(-(count % self.window))
+        """The values in the record, oldest first: shape ``(n,)``, float32, on the CPU. Reads the host."""
+        if self._on_device is not None:
+            return self._on_device.recorded()
+        values = torch.tensor(self._values, dtype=torch.float32, device="cpu")
+        return values.roll(-(self._count % self.window)) if len(values) == self.window else values
 
     @property
-    def size(self) -> Tensor:
-        """How many values are in the record: shape ``()``, int64, at most ``window``."""
-        return self.count if self.window is None else self.count.clamp(max=self.window)
+    def count(self) -> int:
+        """How many values came in. Reads the host."""
+        return self._count if self._on_device is None else int(self._on_device.count)
 
-    @property
-    def ordered(self) -> Tensor:
-        """The values in ascending order, then ``+inf``: shape ``(n,)``, float32, of which :attr:`size` hold values."""
-        return self.sorted[1:]
+    def __len__(self) -> int:
+        """How many values are in the record. Reads the host."""
+        return self.count if self.window is None else min(self.count, self.window)
 
-    def on_host(self) -> tuple[memoryview, int]:
-        """:attr:`ordered` as floats that share its memory, and :attr:`size` as an int: only on the CPU."""
-        ordered, ring, counter = self._on_host()
-        return ordered, min(counter[0], len(ring))
+    def state_dict(self) -> dict[str, Any]:
+        """``values`` (shape ``(n,)``, float32, oldest first) and ``count`` (how many came in)."""
+        return {"values": self.recorded, "count": self.count}
 
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()
-        self._spare = self.sorted.clone()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the record, the newest of it if the window is smaller.
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_memory": None}  # a copy has memory of its own
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> Module:
-        """Follow a module to another device, but not to another dtype: values are float32, counts are not."""
-        return super()._apply(lambda state: state.to(fn(state.new_empty(0)).device), *args)
-
-    def _make_room(self) -> None:
-        """Double the capacity if this value could find no room; follow the record to its device. Reads no host."""
-        capacity = self.values.numel()  # of as many values as there were updates, this one included, at most
-        if self._update_count > capacity and (self.window is None or capacity < self.window):
-            more = capacity if self.window is None else min(capacity, self.window - capacity)
-            padding = self.values.new_full((more,), _INF)
-            self.values = torch.cat((self.values, padding))
-            self.sorted = torch.cat((self.sorted, padding))
-        if self._spare.shape != self.sorted.shape or self._spare.device != self.sorted.device:
-            self._spare = self.sorted.clone()
-
-    def _set(self, recorded: Tensor, count: int) -> None:
-        """Make the last ``window`` of these values, oldest first, the record: the newest of ``count`` values."""
-        kept = recorded if self.window is None else recorded[-self.window :]
-        capacity = self.values.numel()
-        while capacity < kept.numel():
-            capacity = 2 * capacity if self.window is None else min(2 * capacity, self.window)
-        padding = kept.new_full((capacity - kept.numel(),), _INF)
-        self.values = torch.cat((kept, padding))
-        if kept.numel() == self.window:
-            self.values = self.values.roll(count % self.window)
-        else:  # a window that has grown since begins as a partly filled one
-            count = kept.numel()
-        self.count = torch.tensor(count, device=kept.device)
-        self.sorted = torch.cat((kept.new_full((1,), -_INF), kept.sort().values, padding, kept.new_full((1,), _INF)))
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The state: ``values`` (shape ``(n,)``, float32, oldest first) and ``count`` (shape ``()``, int64)."""
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        if (key := f"{kwargs.get('prefix', '')}values") in state:
-            state[key] = self.recorded
-        return state
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Load the record, the newest of it if the window is smaller. What is missing or damaged is an error."""
-        values, count = (state_dict.pop(f"{prefix}{key}", None) for key in ("values", "count"))
-        if values is None or count is None:
-            missing_keys += [prefix + key for key, persistent in self._persistent.items() if persistent]
-        elif not _is_record(values, count):
-            error_msgs.append(
-                f"Expected `{prefix}values` to be finite, float32, of shape (n,), and `{prefix}count` to be an integer"
-                f" of at least n, but got {values!r} and {count!r}."
-            )
-        else:
-            self._set(values.detach().to(self.values.device), int(count))
-            self._update_count, self._computed = int(self.count), None
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        Raises:
+            KeyError: An entry is missing.
+            ValueError: An entry is damaged.
+        """
+        values, count = state["values"], check_integer("count", state["count"], "a count", 0)
+        if len(state) > 2:
+            raise ValueError(f"Expected `values` and `count`, but got {', '.join(map(str, state))}.")
+        sound = isinstance(values, Tensor) and values.layout is torch.strided and not values.is_meta
+        if not sound or values.dtype != torch.float32 or values.dim() != 1 or not bool(values.isfinite().all()):
+            raise ValueError(f"Expected `values` to be finite, float32, of shape (n,), but got {values!r}.")
+        if count < values.numel():
+            raise ValueError(f"Expected `count` to be at least {values.numel()}, but got {count}.")
+        self._set(values.detach().tolist(), count)
 
 
-def _is_record(values: Any, count: Any) -> bool:
-    plain = all(isinstance(x, Tensor) and x.layout is torch.strided and not x.is_meta for x in (values, count))
-    if not plain or values.dtype != torch.float32 or values.dim() != 1:
-        return False
-    enough = count.dtype == torch.int64 and count.dim() == 0 and int(count) >= values.numel()
-    return enough and bool(values.isfinite().all())
+class _OnDevice:
+    """The record on an accelerator: ``ring`` and ``count`` grow there, ``ordered`` is the ring sorted, then ``inf``."""
+
+    def __init__(self, values: Tensor, count: int, window: int | None, device: torch.device) -> None:
+        self.window, self._most = window, count  # at most so many values came in
+        capacity = _FIRST_CAPACITY if window is None else min(window, _FIRST_CAPACITY)
+        while capacity < values.numel():
+            capacity = 2 * capacity if window is None else min(2 * capacity, window)
+        self.ring = values.new_full((capacity + 1,), math.inf)  # the last place takes what does not count
+        self.ring[: values.numel()] = values.roll(count % window) if values.numel() == window else values
+        self.ring, self.count = self.ring.to(device), torch.tensor(count, device=device)
+        self.ordered = self.ring.sort().values
+
+    def record(self, value: Tensor, counts: Tensor) -> None:
+        self._most += 1
+        places = self.ring.numel() - 1
+        if self._most > places and (self.window is None or places < self.window):
+            self._grow(places if self.window is None else min(places, self.window - places))
+            places = self.ring.numel() - 1
+        device = self.ring.device
+        entering = torch.where(counts, value, constant(math.inf, device))
+        next_slot = self.count if self.window is None else self.count % self.window
+        slot = torch.where(counts, next_slot, constant(places, device, torch.int64))
+        self.ring.scatter_(0, slot.view(1), entering.view(1))
+        self.count.add_(counts)
+        if self.window is not None:
+            self.ordered = self.ring.sort().values
+        else:  # each value lies between its neighbours, or moves up by one
+            below = torch.cat((constant(-math.inf, device).view(1), self.ordered[:-1]))
+            self.ordered = torch.clamp(entering, min=below, max=self.ordered)
+
+    def _grow(self, more: int) -> None:
+        padding = self.ring.new_full((more,), math.inf)
+        self.ring, self.ordered = torch.cat((self.ring, padding)), torch.cat((self.ordered, padding))
+
+    def percentile(self, percentile: float) -> Tensor:
+        count = self.count if self.window is None else self.count.clamp(max=self.window)
+        places, weights = _ranks(percentile, self.ring.numel(), self.ring.device)
+        low, high = self.ordered.index_select(0, places.index_select(0, count.view(1)).view(2)).unbind()
+        return torch.lerp(low, high, weights.index_select(0, count.view(1)).view(()))
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        is_value = self.ordered < math.inf
+        count = is_value.sum()
+        mean = torch.where(is_value, self.ordered, 0.0).sum() / count
+        variance = torch.where(is_value, self.ordered - mean, 0.0).square().sum() / count
+        return mean, variance.sqrt()
+
+    def recorded(self) -> Tensor:
+        count, values = int(self.count), self.ring[:-1].cpu()
+        if self.window is None or count < self.window:
+            return values[:count].clone()
+        return values.roll(-(count % self.window))
 
 
-class RunningPercentile(History):
+@lru_cache(maxsize=64)
+def _ranks(percentile: float, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each count below ``length`` the two ranks that a percentile lies between, and how far from the first."""
+    position = (torch.arange(length, dtype=torch.float64, device="cpu") - 1).clamp(min=0) * (percentile / 100)
+    below, above = position.floor(), position.ceil()  # equal where a value is hit: what stands above may be infinite
+    places = torch.stack((below, above), 1).long()
+    return places.to(device), (position - below).to(torch.float32).to(device)
+
+
+class RunningPercentile(Metric):
     """Exact percentile of the last ``window`` values, or of all of them.
 
     A `torchmetrics.Metric` with the verbs of that library. Agrees with ``numpy.percentile`` (linear interpolation) for
     every history length and percentile; a NaN or an infinity never enters; no host read in ``update`` and ``compute``.
+    The values are part of the ``state_dict`` of the metric and of its module, always in float32.
 
     Args:
         percentile: Between 0 and 100.
@@ -319,17 +280,81 @@ class RunningPercentile(History):
     """
 
     def __init__(self, percentile: float, window: int | None = 100) -> None:
-        super().__init__(window)
-        self.percentile = check_percentile(percentile)
+        super().__init__(sync_on_compute=False)
+        self.history, self.percentile, self._keeps = History(window), check_percentile(percentile), True
+
+    def update(self, value: Tensor | float) -> None:
+        """Record one value.
+
+        Args:
+            value: Shape ``()`` or ``(1,)``, a real dtype (kept as float32), or a float. Not recorded if not finite.
+
+        Raises:
+            ValueError: There is not exactly one value; :meth:`extend` takes many.
+        """
+        value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach()
+        if value.numel() != 1:
+            raise ValueError(
+                f"Expected one `value`, but got a tensor of shape {tuple(value.shape)}. `extend` takes many."
+            )
+        if not _numbers.reads_are_free(value.device):
+            self.history.record(value.reshape(()), value.reshape(()).abs() < math.inf)
+        elif math.isfinite(number := value.item()):
+            self.history.record(number)
+
+    def extend(self, values: Tensor) -> None:
+        """Record many values at once, oldest first. Reads the host.
+
+        Args:
+            values: Shape ``(n,)``, a real dtype. Those that are not finite are left out.
+        """
+        self.history.extend(values)
+        self._update_count += torch.as_tensor(values).numel()
+        self._computed = None
 
     def compute(self) -> Tensor:
         """Return the percentile: shape ``()``, float32, on the metric's device; NaN before the first value."""
-        if _numbers.reads_are_free(self.count.device):
-            ordered, count = self.on_host()
-            percentile = percentile_on_host(ordered, count, self.percentile) if count else math.nan
-            return torch.tensor(percentile, dtype=torch.float32, device=self.count.device)
-        size = self.size
-        return torch.where(size > 0, percentile_of(self.ordered, size, self.percentile), math.nan)
+        return torch.as_tensor(self.history.percentile(self.percentile), dtype=torch.float32, device=self.device)
+
+    def forward(self, value: Tensor | float) -> Tensor:
+        """Record one value and return its own percentile: the value."""
+        self.update(value)
+        return torch.as_tensor(value, dtype=torch.float32, device=self.device).reshape(())
+
+    @property
+    def recorded(self) -> Tensor:
+        """The values in the record, oldest first: shape ``(n,)``, float32, on the CPU. Reads the host."""
+        return self.history.recorded
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.history = History(self.history.window)
+
+    def persistent(self, mode: bool = False) -> None:
+        """Say whether the values are part of the ``state_dict``, as they are by default."""
+        self._keeps = mode
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._keeps:
+            state = self.history.state_dict()
+            destination |= {f"{prefix}values": state["values"], f"{prefix}count": torch.tensor(state["count"])}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        missing_keys, _, error_msgs = lists
+        state = {key: state_dict.pop(prefix + key) for key in ("values", "count") if prefix + key in state_dict}
+        if len(state) == 2:
+            try:
+                self.history.load_state_dict({**state, "count": int(state["count"])})
+            except (TypeError, ValueError, RuntimeError) as error:
+                error_msgs.append(f"`{prefix}` holds a damaged record: {error}")
+            self._update_count, self._computed = self.history.count, None
+        elif self._keeps:
+            missing_keys += [prefix + key for key in ("values", "count") if key not in state]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
 
     def plot(self, val: Tensor | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """Plot the recorded values in order, with the percentile as a line. Needs matplotlib.
@@ -343,8 +368,7 @@ class RunningPercentile(History):
         """
         import matplotlib.pyplot as plt
 
-        recorded = self.recorded.cpu()
-        last = int(self.count)
+        recorded, last = self.recorded, self.history.count
         val = self.compute() if val is None else val
         if ax is None:
             _, ax = plt.subplots()

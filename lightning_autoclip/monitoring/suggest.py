@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_autoclip.clipping.record import History, percentile_on_host
+from lightning_autoclip.clipping.record import History
 
 PERCENTILES = (1.0, 10.0, 25.0, 50.0, 75.0, 90.0, 99.0)
 WINDOWS = (100, 1000, None)
@@ -53,9 +53,8 @@ def candidates(
         history, coefs = History(window), [list[float]() for _ in percentiles]
         for norm in finite:
             history.record(norm)
-            ordered, count = history.on_host()
             for percentile, of_percentile in zip(percentiles, coefs, strict=True):
-                of_percentile.append(min(1.0, percentile_on_host(ordered, count, percentile) / norm))
+                of_percentile.append(min(1.0, float(history.percentile(percentile)) / norm))
         for percentile, of_percentile in zip(percentiles, coefs, strict=True):
             clipped = sum(coef < 1 for coef in of_percentile) / len(finite)
             mean = math.fsum(of_percentile) / len(finite)

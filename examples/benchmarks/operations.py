@@ -1,0 +1,114 @@
+"""Which operations a step dispatches on an accelerator: `python examples/benchmarks/operations.py [--names]`.
+
+Where nothing waits for the device, its launches are what a step costs. They are counted on the CPU, in the form that a
+step has on an accelerator, beside torch's `clip_grad_norm_` and `clip_grad_value_`. Views are no launches. The one copy
+to the host of a step that is read is no operation on the CPU: it comes on top where the table says "one read".
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_autoclip import GradientClipper, Percentile
+from lightning_autoclip.clipping import _numbers
+
+VIEWS = {"view", "slice", "select", "unbind", "detach", "alias", "as_strided", "expand", "unsqueeze", "t", "lift_fresh"}
+WARM = 12  # steps before the one that is counted, so that the window is full
+Rule = tuple[str, str, bool, str]  # name, algorithm, whether the optimizer is fused, what becomes of non-finite steps
+RULES: list[Rule] = [
+    (f"{algorithm}, {name}", algorithm, fused, nonfinite)
+    for algorithm in ("norm", "value")
+    for name, fused, nonfinite in (
+        ("skip, ordinary, one read", False, "skip"),
+        ("skip, fused", True, "skip"),
+        ("ignore", False, "ignore"),
+        ("raise, one read", False, "raise"),
+    )
+]
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are dispatched, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name not in VIEWS:
+            self.names[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def optimizer_of(count: int, fused: bool) -> Optimizer:
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(count)]
+    return SGD(parameters, lr=0.0, fused=fused)
+
+
+def set_gradients(optimizer: Optimizer, factor: float) -> None:
+    for i, parameter in enumerate(optimizer.param_groups[0]["params"]):
+        parameter.grad = torch.full((4,), factor * (1 + i % 3))
+
+
+def operations(optimizer: Optimizer, clip: Callable[[], object], factor: float = 5.0) -> Counter[str]:
+    """What the step dispatches that follows on some smaller ones, and is clipped."""
+    for step in range(WARM):
+        set_gradients(optimizer, 1.0 + step % 3)
+        clip()
+        optimizer.step()
+    set_gradients(optimizer, factor)
+    with Operations() as counted:
+        clip()
+    return counted.names
+
+
+def of_rule(rule: Rule, count: int, window: int | None = 10, factor: float = 5.0) -> Counter[str]:
+    """The operations of one step of the library in the form that an accelerator takes."""
+    _, algorithm, fused, nonfinite = rule
+    optimizer = optimizer_of(count, fused)
+    clipper = GradientClipper(Percentile(50), gradient_clip_algorithm=algorithm, nonfinite=nonfinite, window=window)  # type: ignore[arg-type]
+    clipper.clipped_norm_every = 10**9  # by value: the step that is counted is one of the many without that measurement
+    reads_are_free, _numbers.reads_are_free = _numbers.reads_are_free, lambda device: False
+    try:
+        return operations(optimizer, lambda: clipper.clip_(optimizer), factor)
+    finally:
+        _numbers.reads_are_free = reads_are_free
+
+
+def of_torch(algorithm: str, count: int) -> Counter[str]:
+    """The operations of torch's own clipping, which Lightning calls."""
+    optimizer = optimizer_of(count, False)
+    parameters = optimizer.param_groups[0]["params"]
+    calls = {"norm": nn.utils.clip_grad_norm_, "value": nn.utils.clip_grad_value_}
+    return operations(optimizer, lambda: calls[algorithm](parameters, 1.0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--names", action="store_true", help="also print the names of the operations")
+    parser.add_argument("--parameters", type=int, nargs="+", default=[6, 100, 1000])
+    parsed = parser.parse_args()
+    print("| operations per step |" + "".join(f" {count:,} parameters |" for count in parsed.parameters))
+    print("|---|" + "---|" * len(parsed.parameters))
+    rows: list[tuple[str, list[Counter[str]]]] = [
+        (f"torch, {algorithm}", [of_torch(algorithm, count) for count in parsed.parameters])
+        for algorithm in ("norm", "value")
+    ]
+    rows += [(f"ours, {rule[0]}", [of_rule(rule, count) for count in parsed.parameters]) for rule in RULES]
+    for name, counts in rows:
+        print(f"| {name} |" + "".join(f" {sum(counted.values()):,} |" for counted in counts))
+        if parsed.names:
+            print("  " + " ".join(f"{key}:{n}" if n > 1 else key for key, n in counts[0].items()))
+
+
+if __name__ == "__main__":
+    main()
