@@ -21,11 +21,12 @@ from lightning_autoclip.clipping.optimizers import NonFiniteGradientError, param
 from lightning_autoclip.clipping.policies import Policy
 from lightning_autoclip.groups import Groups, check_groups, group_by_id, positions_by_group
 from lightning_autoclip.monitoring.plot import plot_of
-from lightning_autoclip.monitoring.recorder import Recorder, Where
+from lightning_autoclip.monitoring.recorder import Recorder
 from lightning_autoclip.monitoring.report import Report, report_of
 from lightning_autoclip.monitoring.runs import STATE_KEY
+from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.tables import log_spikes
-from lightning_autoclip.monitoring.trace import Point, Trace
+from lightning_autoclip.monitoring.trace import Trace
 from lightning_autoclip.monitoring.wandb import alert, describe_run, finite_part, is_wandb, log_histogram, summarise_run
 from lightning_autoclip.strategies import (
     ZeroEngine,
@@ -433,7 +434,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         last, first = self._batch_idx or 0, self._first_batch[index]
         self._first_batch[index] = None
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        where = Where(step, trainer.current_epoch, last if first is None else first, last)
+        where = {"step": step, "epoch": trainer.current_epoch, "last_batch": last}
+        where["first_batch"] = last if first is None else first
         for i, record in zip(self._members[index], records, strict=True):
             if record is None:
                 continue
@@ -441,7 +443,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             if norms is not None and len(norms) != len(recorder.trace.names):  # parameters have joined
                 self._flush(trainer)
                 self._name_parameters(recorder.trace, trainer.optimizers[index], pl_module, self._members[index][i])
-            recorder.add(record, where)
+            recorder.add(record, **where)
 
     def _compare_settings(self, written: dict[str, Any]) -> None:
         changed = {key: value for key, value in self.settings.items() if written[key] != value}
@@ -532,13 +534,13 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
     def _flush(self, trainer: Trainer) -> None:
         """Send what is held to every logger."""
         for clipper, recorder in zip(self.clippers, self._recorders, strict=False):
-            flush = recorder.flush()
+            rows, points = recorder.flush()
             clipper.measure_next()  # each row knows what clipping did
-            for logger in trainer.loggers if flush.rows and trainer.is_global_zero and _log_every(trainer) else ():
-                for step, row in flush.rows:
+            for logger in trainer.loggers if rows and trainer.is_global_zero and _log_every(trainer) else ():
+                for step, row in rows:
                     logger.log_metrics(finite_part(row) if is_wandb(logger) else row, step=step)
                 if is_wandb(logger):
-                    self._tell_wandb(logger, recorder.prefix, flush.points)
+                    self._tell_wandb(logger, recorder.prefix, points)
                 logger.save()
         self._show(trainer)
         if not self._has_told:

@@ -27,7 +27,8 @@ from torch.optim import SGD, Adam, Optimizer
 from wandb_reader import read_runs
 
 from lightning_autoclip import AutoClip, StepRecord
-from lightning_autoclip.monitoring.recorder import Recorder, Where
+from lightning_autoclip.monitoring.recorder import Recorder
+from lightning_autoclip.monitoring.trace import Trace
 
 Row = dict[str, float]
 
@@ -420,16 +421,46 @@ def test_few_records_wait_on_the_device_however_far_apart_the_rows_are() -> None
     recorder, before, most = Recorder("autoclip/"), waiting(), 0
     for step in range(2500):
         norm, threshold = torch.tensor(float(step)), torch.tensor(999.5)
-        recorder.add(
-            StepRecord(norm, norm.minimum(threshold), norm, threshold, torch.tensor(0.0)), Where(step, 0, step, step)
-        )
+        record = StepRecord(norm, norm.minimum(threshold), norm, threshold, torch.tensor(0.0))
+        recorder.add(record, step=step, epoch=0, first_batch=step, last_batch=step)
         assert recorder.is_due(2500) == (step == 2499)
         most = max(most, waiting() - before) if step in (1000, 1022, 1500, 2046, 2499) else most
     assert 1000 < most <= 1024
-    ((step, row),) = recorder.flush().rows
+    ((step, row),), points = recorder.flush()
     assert (step, row["autoclip/grad_norm_max_step"], row["autoclip/clipped_fraction"]) == (2499, 2499, 0.6)
     assert row["autoclip/grad_norm_mean"] == 1249.5
-    assert not recorder.flush().rows
+    assert [point.step for point in points] == [*range(2500)]
+    assert recorder.flush() == ([], [])
+    assert recorder.summarise() == row, "of the last flush"
+
+
+@pytest.mark.parametrize("by_value", [False, True], ids=["norm", "value"])
+@pytest.mark.parametrize("layer_depth", [0, 2])
+def test_before_any_step_a_row_has_every_key_and_no_figure(by_value: bool, layer_depth: int) -> None:
+    recorder = Recorder("autoclip/", by_value, layer_depth=layer_depth, trace=Trace(["net.0.weight"], [4]))
+    row = recorder.summarise()
+    assert list(row) == recorder.keys
+    assert all(math.isnan(value) for value in row.values())
+    assert recorder.flush() == ([], [])
+
+
+def test_a_row_can_be_read_at_every_step() -> None:
+    """At whatever step somebody looks, the row is that of the steps since the last flush; zeros are steps too."""
+    norms = [3.0, 0.0, math.nan, 5.0, 5.0, math.inf, 2.0, math.nan, math.inf, 1.0]
+    recorder = Recorder("autoclip/", trace=Trace())
+    for step, norm in enumerate(norms):
+        if step == 7:
+            recorder.flush()
+        recorder.add(StepRecord(norm, min(norm, 2.5), norm, 2.5, 0.0), step=step, epoch=0, first_batch=0, last_batch=0)
+        row, held = recorder.summarise(), np.array(norms[7 if step >= 7 else 0 : step + 1])
+        finite = held[np.isfinite(held)]
+        coefs = [min(2.5 / value, 1) if value else 1.0 for value in finite]
+        figures = [finite[-1], finite.mean(), finite.max()] if len(finite) else 3 * [math.nan]
+        assert [*row.values()][:3] == pytest.approx(figures, nan_ok=True)
+        figures = [np.mean([coef < 1 for coef in coefs]), np.mean(coefs), min(coefs)] if coefs else 3 * [math.nan]
+        assert [row[f"autoclip/{key}"] for key in KEYS[5:8]] == pytest.approx(figures, nan_ok=True)
+        first = norms.index(finite.max(), 7 if step >= 7 else 0) if len(finite) else math.nan
+        assert row["autoclip/grad_norm_max_step"] == pytest.approx(first, nan_ok=True)
 
 
 class FilePerRank(Logger):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from lightning_autoclip.monitoring.trace import Point
+from lightning_autoclip.monitoring.summary import Point
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
