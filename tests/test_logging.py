@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from torch.optim import SGD, Adam, Optimizer
 from wandb_reader import read_runs
 
 from lightning_autoclip import AutoClip, StepRecord
+from lightning_autoclip.__main__ import main
 from lightning_autoclip.monitoring.recorder import Recorder
 from lightning_autoclip.monitoring.trace import Trace
 
@@ -37,6 +39,11 @@ KEYS = [
     *("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "threshold"),
     *("clipped_fraction", "clip_coef_mean", "clip_coef_min", "nonfinite_total"),
 ]
+SETTINGS = {
+    "policy": {"name": "Percentile", "percentile": 50.0, "multiplier": 1.0},
+    **{"gradient_clip_algorithm": "norm", "window": WINDOW, "warmup_steps": 0, "max_threshold": None},
+    **{"nonfinite": "skip", "groups": None},
+}
 LOGGERS: dict[str, Callable[..., Logger]] = {
     "csv": lambda path, **kwargs: CSVLogger(path, name="", version="run", **kwargs),
     "tensorboard": lambda path, **kwargs: TensorBoardLogger(path, name="", version="run", **kwargs),
@@ -404,13 +411,39 @@ def test_wandb_knows_each_metric_by_name_and_the_settings(tmp_path: Path, prefix
     values = [row[f"{name}grad_norm_max"] for row in run.history if f"{name}grad_norm_max" in row]
     summary = {"min": min(values), "max": max(values), "mean": sum(values) / 4, "last": values[-1]}
     assert run.summary[f"{name}grad_norm_max"] == pytest.approx(summary)
-    settings = {"gradient_clip_algorithm": "norm", "window": WINDOW, "warmup_steps": 0, "max_threshold": None}
-    settings |= {
-        "policy": {"name": "Percentile", "percentile": 50.0, "multiplier": 1.0},
-        "nonfinite": "skip",
-        "groups": None,
-    }
-    assert run.config["autoclip"] == settings
+    assert run.config["lightning_autoclip"] == SETTINGS
+
+
+USERS = {"a switch": {"autoclip": True}, "both keys": {"autoclip": "on", "lightning_autoclip": {"policy": "mine"}}}
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["plain", "locked by a sweep"])
+@pytest.mark.parametrize("config", USERS.values(), ids=USERS)
+def test_the_users_own_keys_in_the_config_of_wandb_survive(
+    tmp_path: Path, config: dict[str, Any], locked: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = wandb.init(dir=tmp_path, project="test", config=None if locked else config)
+    if locked:
+        run.config.update_locked(config, user="sweep")
+    taken = "lightning_autoclip" in config
+    with pytest.warns(UserWarning, match="a key `lightning_autoclip` of your own") if taken else nullcontext():
+        fit(Noting(), LOGGERS["wandb"](tmp_path), bad={}, steps=60)
+    assert {key: run.config[key] for key in config} == config
+    assert taken or run.config["lightning_autoclip"]["policy"]["percentile"] == 50
+    directory = Path(run.dir).parent
+    wandb.finish()
+    read_runs(tmp_path)  # waits for the end of the file
+    capsys.readouterr()
+    assert main(["report", str(directory)]) == 0
+    assert ("expected at percentile 50" in capsys.readouterr().out) != taken
+
+
+def test_the_settings_of_a_run_that_is_resumed_are_those_of_its_last_fit(tmp_path: Path) -> None:
+    logger = LOGGERS["wandb"](tmp_path)
+    fit(Noting(), logger)
+    logger.experiment.config.update({"lightning_autoclip": {**SETTINGS, "window": 3}}, allow_val_change=True)
+    fit(Noting(), logger)
+    assert logger.experiment.config["lightning_autoclip"] == SETTINGS
 
 
 def test_few_records_wait_on_the_device_however_far_apart_the_rows_are() -> None:

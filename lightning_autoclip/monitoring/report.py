@@ -182,7 +182,7 @@ def _expected_fraction(settings: Mapping[str, Any]) -> float:
     policy = settings["policy"]
     plain = policy.get("name") == "Percentile" and policy.get("multiplier") == 1 and settings["max_threshold"] is None
     by_norm = settings["gradient_clip_algorithm"] == "norm"
-    return 1 - policy["percentile"] / 100 if plain and by_norm else math.nan
+    return 1 - policy.get("percentile", math.nan) / 100 if plain and by_norm else math.nan
 
 
 def _part(trace: Trace, start: float, end: float) -> Summary:

@@ -19,6 +19,7 @@ from lightning_autoclip.monitoring.summary import Point, Summary
 from lightning_autoclip.monitoring.trace import MOST_SPIKES, Spike, Trace
 
 STATE_KEY = "GradientClipping"  # of the callback in a checkpoint
+CONFIG_KEY = "lightning_autoclip"  # of its settings in the config of a W&B run
 _KEYS = ("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "clipped_fraction")
 _UNKNOWN: dict[str, Any] = {
     "policy": {"name": "unknown"},
@@ -87,7 +88,7 @@ def _of_checkpoint(path: Path) -> RecordedRun:
         traces = {prefix: Trace.from_state(trace) for prefix, trace in state["traces"].items()}
         histories = [optimizer["history"]["values"].tolist() for optimizer in state["optimizers"]]
         settings, has_scaler = dict(state["settings"]), bool(state["has_scaler"])
-        if not traces or not {"policy", "gradient_clip_algorithm", "max_threshold", "warmup_steps"} <= settings.keys():
+        if not traces or not is_settings(settings):
             raise KeyError("settings")
         if state["several_policies"]:
             settings["policy"] = {"name": "several"}
@@ -132,9 +133,21 @@ def _of_wandb(path: Path) -> RecordedRun:
     rows = [_numbers(record["history"].get("item", {})) for record in records if record.get("type") == "history"]
     settings = dict(_UNKNOWN)
     for record in records:
-        update = record.get(record.get("type", ""), {})
-        settings |= (update.get("update", {}) if isinstance(update, dict) else {}).get("autoclip") or {}
+        written = record.get("config", {}).get("update", {}).get(CONFIG_KEY)
+        if is_settings(written):
+            settings |= written
     return _of_rows(rows, "trainer/global_step", f"W&B run {path.name}", settings)
+
+
+def is_settings(value: Any) -> bool:
+    """Whether this is what the callback writes of its arguments, rather than something of the user's."""
+    return (
+        isinstance(value, dict)
+        and value.get("gradient_clip_algorithm") in ("norm", "value")
+        and {"max_threshold", "warmup_steps"} <= value.keys()
+        and isinstance(policy := value.get("policy"), dict)
+        and isinstance(policy.get("percentile", 0.0), (int, float))
+    )
 
 
 def _numbers(item: Mapping[str, Any]) -> dict[str, float]:
