@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, tensor
 from torch.amp.grad_scaler import GradScaler
@@ -20,13 +21,12 @@ from lightning_autoclip.clipping.gradients import Shard
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError, parameters_of
 from lightning_autoclip.clipping.policies import Policy
 from lightning_autoclip.groups import Groups, check_groups, group_by_id, positions_by_group
+from lightning_autoclip.monitoring import loggers
 from lightning_autoclip.monitoring.plot import plot_of
-from lightning_autoclip.monitoring.recorder import Recorder, Where
+from lightning_autoclip.monitoring.recorder import Recorder
 from lightning_autoclip.monitoring.report import Report, report_of
 from lightning_autoclip.monitoring.runs import STATE_KEY
-from lightning_autoclip.monitoring.tables import log_spikes
-from lightning_autoclip.monitoring.trace import Point, Trace
-from lightning_autoclip.monitoring.wandb import alert, describe_run, finite_part, is_wandb, log_histogram, summarise_run
+from lightning_autoclip.monitoring.trace import Trace
 from lightning_autoclip.strategies import (
     ZeroEngine,
     check_precision,
@@ -213,10 +213,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             clipper.release()  # a second fit has new optimizers
             clipper.clipped_norm_every = min(max((_log_every(trainer) or 50) // 5, 1), 10)  # five times per row
         self._told, self._has_told = self._total("nonfinite_total"), False
-        if trainer.is_global_zero and _log_every(trainer):
-            keys = [key for recorder in self._recorders for key in recorder.keys]
-            for logger in filter(is_wandb, trainer.loggers):
-                describe_run(logger, keys, self.settings)
+        keys = [key for recorder in self._recorders for key in recorder.keys]
+        loggers.describe(_loggers(trainer), keys, self.settings)
 
     # --- every step ---------------------------------------------------------------------------------------------------
 
@@ -276,13 +274,13 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         """Log what is left and what it amounts to; warn of optimizers that stepped past the callback."""
         self._flush(trainer)
         self._tell_of_nonfinite(trainer)
-        self._conclude(trainer)
         quick = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
-        if self.verbose and trainer.is_global_zero and not quick:
-            try:
+        try:
+            self._conclude(trainer)
+            if self.verbose and trainer.is_global_zero and not quick:
                 print(f"\n{self.report()}")  # below the progress bar
-            except Exception as error:  # nothing that is only told may fail a training that is done
-                rank_zero_warn(f"`{type(self).__name__}` could not print its report: {error!r}")
+        except Exception as error:  # nothing that is only told may fail a training that is done
+            rank_zero_warn(f"`{type(self).__name__}` could not print its report: {error!r}")
         if self._engine is not None:
             self._engine.release()
         for optimizer, seen in zip(trainer.optimizers, self._steps_seen, strict=True):
@@ -433,7 +431,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         last, first = self._batch_idx or 0, self._first_batch[index]
         self._first_batch[index] = None
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        where = Where(step, trainer.current_epoch, last if first is None else first, last)
+        where = {"step": step, "epoch": trainer.current_epoch, "last_batch": last}
+        where["first_batch"] = last if first is None else first
         for i, record in zip(self._members[index], records, strict=True):
             if record is None:
                 continue
@@ -441,7 +440,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             if norms is not None and len(norms) != len(recorder.trace.names):  # parameters have joined
                 self._flush(trainer)
                 self._name_parameters(recorder.trace, trainer.optimizers[index], pl_module, self._members[index][i])
-            recorder.add(record, where)
+            recorder.add(record, **where)
 
     def _compare_settings(self, written: dict[str, Any]) -> None:
         changed = {key: value for key, value in self.settings.items() if written[key] != value}
@@ -532,33 +531,26 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
     def _flush(self, trainer: Trainer) -> None:
         """Send what is held to every logger."""
         for clipper, recorder in zip(self.clippers, self._recorders, strict=False):
-            flush = recorder.flush()
+            rows, points = recorder.flush()
             clipper.measure_next()  # each row knows what clipping did
-            for logger in trainer.loggers if flush.rows and trainer.is_global_zero and _log_every(trainer) else ():
-                for step, row in flush.rows:
-                    logger.log_metrics(finite_part(row) if is_wandb(logger) else row, step=step)
-                if is_wandb(logger):
-                    self._tell_wandb(logger, recorder.prefix, flush.points)
-                logger.save()
+            loggers.send(
+                _loggers(trainer),
+                recorder.prefix,
+                rows,
+                points,
+                histogram=self.log_histogram,
+                alert_above=self.alert_above,
+                alert_nonfinite=not self._has_scaler,
+            )
         self._show(trainer)
         if not self._has_told:
             self._tell_of_nonfinite(trainer)
 
     def _conclude(self, trainer: Trainer) -> None:
         """Log the spike table, and to W&B the report's verdicts."""
-        for logger in trainer.loggers if trainer.is_global_zero and _log_every(trainer) else ():
-            try:
-                log_spikes(logger, self.spikes(), trainer.fit_loop.epoch_loop._batches_that_stepped)
-                if is_wandb(logger) and self.traces:
-                    summarise_run(logger, self.report().summary)
-            except Exception as error:  # a server that fails now must not fail a training that is done
-                rank_zero_warn(f"`{type(self).__name__}` could not log its spike table: {error}")
-
-    def _tell_wandb(self, logger: Any, prefix: str, points: list[Point]) -> None:
-        if self.log_histogram:
-            log_histogram(logger, f"{prefix}grad_norm_histogram", points)
-        if self.alert_above is not None:
-            alert(logger, prefix, points, self.alert_above, nonfinite=not self._has_scaler)
+        if told := _loggers(trainer):
+            health = self.report().summary if self.traces else None
+            loggers.conclude(told, self.spikes(), health, trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def _tell_of_nonfinite(self, trainer: Trainer) -> None:
         """Warn of non-finite gradients: when the first one is logged, and of further ones at the end of fit."""
@@ -599,6 +591,11 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 def _log_every(trainer: Trainer) -> int:
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
     return every
+
+
+def _loggers(trainer: Trainer) -> list[Logger]:
+    """Those that are to be told something by this process."""
+    return trainer.loggers if trainer.is_global_zero and _log_every(trainer) else []
 
 
 def _prefixes(optimizers: list[Optimizer]) -> list[str]:

@@ -13,8 +13,8 @@ import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
 _CLIPPING = ["_numbers", "record", "policies", "gradients", "optimizers", "clipper"]
-_MONITORING = ["trace", "recorder", "report", "plot", "runs", "suggest"]
-_LOGGERS = ["wandb", "workspace", "tables"]
+_MONITORING = ["summary", "trace", "recorder", "report", "plot", "runs", "suggest"]
+_LOGGERS = ["wandb", "loggers", "workspace"]
 WITHOUT_LIGHTNING = [
     "_checks",
     "clipping",

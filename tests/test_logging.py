@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ from torch.optim import SGD, Adam, Optimizer
 from wandb_reader import read_runs
 
 from lightning_autoclip import AutoClip, StepRecord
-from lightning_autoclip.monitoring.recorder import Recorder, Where
+from lightning_autoclip.__main__ import main
+from lightning_autoclip.monitoring.recorder import Recorder
+from lightning_autoclip.monitoring.trace import Trace
 
 Row = dict[str, float]
 
@@ -36,6 +39,11 @@ KEYS = [
     *("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "threshold"),
     *("clipped_fraction", "clip_coef_mean", "clip_coef_min", "nonfinite_total"),
 ]
+SETTINGS = {
+    "policy": {"name": "Percentile", "percentile": 50.0, "multiplier": 1.0},
+    **{"gradient_clip_algorithm": "norm", "window": WINDOW, "warmup_steps": 0, "max_threshold": None},
+    **{"nonfinite": "skip", "groups": None},
+}
 LOGGERS: dict[str, Callable[..., Logger]] = {
     "csv": lambda path, **kwargs: CSVLogger(path, name="", version="run", **kwargs),
     "tensorboard": lambda path, **kwargs: TensorBoardLogger(path, name="", version="run", **kwargs),
@@ -403,13 +411,39 @@ def test_wandb_knows_each_metric_by_name_and_the_settings(tmp_path: Path, prefix
     values = [row[f"{name}grad_norm_max"] for row in run.history if f"{name}grad_norm_max" in row]
     summary = {"min": min(values), "max": max(values), "mean": sum(values) / 4, "last": values[-1]}
     assert run.summary[f"{name}grad_norm_max"] == pytest.approx(summary)
-    settings = {"gradient_clip_algorithm": "norm", "window": WINDOW, "warmup_steps": 0, "max_threshold": None}
-    settings |= {
-        "policy": {"name": "Percentile", "percentile": 50.0, "multiplier": 1.0},
-        "nonfinite": "skip",
-        "groups": None,
-    }
-    assert run.config["autoclip"] == settings
+    assert run.config["lightning_autoclip"] == SETTINGS
+
+
+USERS = {"a switch": {"autoclip": True}, "both keys": {"autoclip": "on", "lightning_autoclip": {"policy": "mine"}}}
+
+
+@pytest.mark.parametrize("locked", [False, True], ids=["plain", "locked by a sweep"])
+@pytest.mark.parametrize("config", USERS.values(), ids=USERS)
+def test_the_users_own_keys_in_the_config_of_wandb_survive(
+    tmp_path: Path, config: dict[str, Any], locked: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = wandb.init(dir=tmp_path, project="test", config=None if locked else config)
+    if locked:
+        run.config.update_locked(config, user="sweep")
+    taken = "lightning_autoclip" in config
+    with pytest.warns(UserWarning, match="a key `lightning_autoclip` of your own") if taken else nullcontext():
+        fit(Noting(), LOGGERS["wandb"](tmp_path), bad={}, steps=60)
+    assert {key: run.config[key] for key in config} == config
+    assert taken or run.config["lightning_autoclip"]["policy"]["percentile"] == 50
+    directory = Path(run.dir).parent
+    wandb.finish()
+    read_runs(tmp_path)  # waits for the end of the file
+    capsys.readouterr()
+    assert main(["report", str(directory)]) == 0
+    assert ("expected at percentile 50" in capsys.readouterr().out) != taken
+
+
+def test_the_settings_of_a_run_that_is_resumed_are_those_of_its_last_fit(tmp_path: Path) -> None:
+    logger = LOGGERS["wandb"](tmp_path)
+    fit(Noting(), logger)
+    logger.experiment.config.update({"lightning_autoclip": {**SETTINGS, "window": 3}}, allow_val_change=True)
+    fit(Noting(), logger)
+    assert logger.experiment.config["lightning_autoclip"] == SETTINGS
 
 
 def test_few_records_wait_on_the_device_however_far_apart_the_rows_are() -> None:
@@ -420,16 +454,46 @@ def test_few_records_wait_on_the_device_however_far_apart_the_rows_are() -> None
     recorder, before, most = Recorder("autoclip/"), waiting(), 0
     for step in range(2500):
         norm, threshold = torch.tensor(float(step)), torch.tensor(999.5)
-        recorder.add(
-            StepRecord(norm, norm.minimum(threshold), norm, threshold, torch.tensor(0.0)), Where(step, 0, step, step)
-        )
+        record = StepRecord(norm, norm.minimum(threshold), norm, threshold, torch.tensor(0.0))
+        recorder.add(record, step=step, epoch=0, first_batch=step, last_batch=step)
         assert recorder.is_due(2500) == (step == 2499)
         most = max(most, waiting() - before) if step in (1000, 1022, 1500, 2046, 2499) else most
     assert 1000 < most <= 1024
-    ((step, row),) = recorder.flush().rows
+    ((step, row),), points = recorder.flush()
     assert (step, row["autoclip/grad_norm_max_step"], row["autoclip/clipped_fraction"]) == (2499, 2499, 0.6)
     assert row["autoclip/grad_norm_mean"] == 1249.5
-    assert not recorder.flush().rows
+    assert [point.step for point in points] == [*range(2500)]
+    assert recorder.flush() == ([], [])
+    assert recorder.summarise() == row, "of the last flush"
+
+
+@pytest.mark.parametrize("by_value", [False, True], ids=["norm", "value"])
+@pytest.mark.parametrize("layer_depth", [0, 2])
+def test_before_any_step_a_row_has_every_key_and_no_figure(by_value: bool, layer_depth: int) -> None:
+    recorder = Recorder("autoclip/", by_value, layer_depth=layer_depth, trace=Trace(["net.0.weight"], [4]))
+    row = recorder.summarise()
+    assert list(row) == recorder.keys
+    assert all(math.isnan(value) for value in row.values())
+    assert recorder.flush() == ([], [])
+
+
+def test_a_row_can_be_read_at_every_step() -> None:
+    """At whatever step somebody looks, the row is that of the steps since the last flush; zeros are steps too."""
+    norms = [3.0, 0.0, math.nan, 5.0, 5.0, math.inf, 2.0, math.nan, math.inf, 1.0]
+    recorder = Recorder("autoclip/", trace=Trace())
+    for step, norm in enumerate(norms):
+        if step == 7:
+            recorder.flush()
+        recorder.add(StepRecord(norm, min(norm, 2.5), norm, 2.5, 0.0), step=step, epoch=0, first_batch=0, last_batch=0)
+        row, held = recorder.summarise(), np.array(norms[7 if step >= 7 else 0 : step + 1])
+        finite = held[np.isfinite(held)]
+        coefs = [min(2.5 / value, 1) if value else 1.0 for value in finite]
+        figures = [finite[-1], finite.mean(), finite.max()] if len(finite) else 3 * [math.nan]
+        assert [*row.values()][:3] == pytest.approx(figures, nan_ok=True)
+        figures = [np.mean([coef < 1 for coef in coefs]), np.mean(coefs), min(coefs)] if coefs else 3 * [math.nan]
+        assert [row[f"autoclip/{key}"] for key in KEYS[5:8]] == pytest.approx(figures, nan_ok=True)
+        first = norms.index(finite.max(), 7 if step >= 7 else 0) if len(finite) else math.nan
+        assert row["autoclip/grad_norm_max_step"] == pytest.approx(first, nan_ok=True)
 
 
 class FilePerRank(Logger):

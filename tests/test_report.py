@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_autoclip import AutoClip, Constant, GradientClipping
 from lightning_autoclip.monitoring.report import LEAST_STEPS, report_of
-from lightning_autoclip.monitoring.trace import Point, Trace
+from lightning_autoclip.monitoring.summary import Point
+from lightning_autoclip.monitoring.trace import Trace
 
 Data = tuple[Tensor, Tensor]
 

@@ -98,7 +98,11 @@ def test_every_row_arrives_at_its_step_with_its_values(tmp_path: Path, server: S
         check(rows, f"autoclip_layers/{name}", means)
     run = server.runs["run"]
     assert (run.project, run.exit_code) == ("test", 0)
-    assert run.config["autoclip"]["value"]["policy"] == {"name": "Percentile", "percentile": 50, "multiplier": 1}
+    assert run.config["lightning_autoclip"]["value"]["policy"] == {
+        "name": "Percentile",
+        "percentile": 50,
+        "multiplier": 1,
+    }
 
 
 def test_the_summary_holds_the_extremes_of_every_key(tmp_path: Path, server: Server) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -45,21 +44,22 @@ def plot_of(traces: Mapping[str, Trace], settings: Mapping[str, Any]) -> Figure:
 
 
 def _draw_norms(axes: Axes, trace: Trace, by_value: bool) -> None:
-    bins = [one for one in trace.bins if one.norms]
-    steps = [(one.first + one.last) / 2 for one in bins]
-    if any(one.norms > 1 for one in bins):
-        low, high = [one.smallest for one in bins], [one.largest for one in bins]
-        axes.fill_between(steps, low, high, color=_NORM, alpha=0.25, lw=0, label="smallest to largest")
-    typical = [math.exp(one.logs / one.norms) for one in bins]
-    axes.plot(steps, typical, color=_NORM, lw=0.8, label="root-mean-square entry" if by_value else "gradient norm")
-    axes.plot(steps, [one.threshold for one in bins], color=_THRESHOLD, lw=1.4, label="threshold")
+    bins = [steps for steps in trace.bins if steps.norms]
+    middles = [(steps.first + steps.last) / 2 for steps in bins]
+    if any(steps.norms > 1 for steps in bins):
+        low, high = [steps.smallest for steps in bins], [steps.largest for steps in bins]
+        axes.fill_between(middles, low, high, color=_NORM, alpha=0.25, lw=0, label="smallest to largest")
+    typical = [steps.typical for steps in bins]
+    axes.plot(middles, typical, color=_NORM, lw=0.8, label="root-mean-square entry" if by_value else "gradient norm")
+    axes.plot(middles, [steps.threshold for steps in bins], color=_THRESHOLD, lw=1.4, label="threshold")
     spikes = [] if by_value else [spike for spike in trace.largest if spike.times > _SPIKE]
     if spikes:
-        steps, norms = [spike.step for spike in spikes], [spike.norm for spike in spikes]
-        axes.plot(steps, norms, "o", ms=4, mfc="none", color="black", label=f"over {_SPIKE} times the typical norm")
+        at, norms = [spike.point.step for spike in spikes], [spike.point.norm for spike in spikes]
+        axes.plot(at, norms, "o", ms=4, mfc="none", color="black", label=f"over {_SPIKE} times the typical norm")
     for spike in _apart(spikes, trace.bins[-1].last - trace.bins[0].first):
-        batch = f"step {spike.step}" + (f"\nbatch {spike.last_batch}" if spike.epoch >= 0 else "")
-        axes.annotate(batch, (spike.step, spike.norm), (5, -3), textcoords="offset points", va="top", fontsize=7)
+        point = spike.point
+        batch = f"step {point.step}" + (f"\nbatch {point.last_batch}" if point.epoch >= 0 else "")
+        axes.annotate(batch, (point.step, point.norm), (5, -3), textcoords="offset points", va="top", fontsize=7)
     if bins:
         axes.set_yscale("log")
     axes.set_ylabel("root-mean-square entry" if by_value else "gradient norm")
@@ -68,10 +68,10 @@ def _draw_norms(axes: Axes, trace: Trace, by_value: bool) -> None:
 
 
 def _draw_clipping(axes: Axes, trace: Trace) -> None:
-    bins = [one for one in trace.bins if one.measured]
-    steps = [(one.first + one.last) / 2 for one in bins]
-    axes.plot(steps, [one.coefs / one.measured for one in bins], ".", ms=2, color=_CLIPPED)
-    bad = [one.last for one in trace.bins if one.nonfinite]
+    bins = [steps for steps in trace.bins if steps.measured]
+    middles = [(steps.first + steps.last) / 2 for steps in bins]
+    axes.plot(middles, [steps.clip_coef_mean for steps in bins], ".", ms=2, color=_CLIPPED)
+    bad = [steps.last for steps in trace.bins if steps.nonfinite]
     if bad:
         axes.plot(bad, [0.0] * len(bad), "x", ms=6, color=_BAD, label=f"not finite ({len(bad)})", clip_on=False)
         axes.legend(fontsize=8, loc="lower right", framealpha=0.9)
@@ -83,6 +83,6 @@ def _apart(spikes: Sequence[Spike], run: float) -> list[Spike]:
     """The largest ones whose labels do not cover each other."""
     chosen: list[Spike] = []
     for spike in spikes:
-        if len(chosen) < _LABELLED and all(abs(spike.step - other.step) > 0.12 * run for other in chosen):
+        if len(chosen) < _LABELLED and all(abs(spike.point.step - other.point.step) > 0.12 * run for other in chosen):
             chosen.append(spike)
     return chosen

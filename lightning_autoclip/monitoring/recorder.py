@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_autoclip.clipping.clipper import StepRecord
-from lightning_autoclip.monitoring.trace import Point, Trace, by_module, shares_of
+from lightning_autoclip.monitoring.summary import Point, Summary
+from lightning_autoclip.monitoring.trace import Trace, by_module, shares_of
 
 _MAX_ON_DEVICE = 1024  # records that may wait on the device, however far apart the rows are
-
-
-class Where(NamedTuple):
-    """Which step a record is of: the arguments of `Point` that the clipper does not know."""
-
-    step: int
-    epoch: int
-    first_batch: int
-    last_batch: int
-
-
-class Flush(NamedTuple):
-    """What is to be logged: rows, each with its step, and the steps that they sum up."""
-
-    rows: list[tuple[int, dict[str, float]]]
-    points: list[Point]
+_NOTHING = Point(-1, -1, -1, -1, *[math.nan] * 5)
 
 
 class Recorder:
@@ -44,9 +30,6 @@ class Recorder:
         layer_depth: The rows also carry the mean share of each module in the squared norm, of modules so many names
             deep; 0 for none.
         trace: Takes in every step, for report and plot.
-
-    Attributes:
-        last_row: The latest summary, by key.
     """
 
     def __init__(
@@ -59,20 +42,27 @@ class Recorder:
     ) -> None:
         self.prefix, self.by_value, self.every_step, self.layer_depth = prefix, by_value, every_step, layer_depth
         self.trace = Trace() if trace is None else trace
-        self.last_row: dict[str, float] = {}
-        self._on_device: list[tuple[Where, StepRecord]] = []  # or on the host, of the CPU
+        self._on_device: list[tuple[tuple[int, int, int, int], StepRecord]] = []  # or on the host, of the CPU
+        self._begin()
+        self._last_row: dict[str, float] | None = None
+
+    def _begin(self) -> None:
+        """Hold nothing."""
         self._points: list[Point] = []
-        self._squares: list[Tensor] = []
+        self._summary = Summary()  # of these, as the following
+        self._latest = _NOTHING  # the last finite one; without any, the last one
+        self._largest = _NOTHING
+        self._share_sums: Tensor | None = None
+        self._share_steps = 0
 
     @property
     def keys(self) -> list[str]:
         """Every key that the rows of this recorder can have."""
-        none = Point(0, 0, 0, 0, *[math.nan] * 5)
-        return list(self._summary([none])) + (list(self._step_row(none)) if self.every_step else [])
+        return [*self._row(), *(self._step_row(_NOTHING) if self.every_step else ())]
 
-    def add(self, record: StepRecord, where: Where) -> None:
-        """Hold a record until the next row."""
-        self._on_device.append((where, record))
+    def add(self, record: StepRecord, *, step: int, epoch: int, first_batch: int, last_batch: int) -> None:
+        """Hold a record until the next row: with what the clipper does not know of it, as `Point` says."""
+        self._on_device.append(((step, epoch, first_batch, last_batch), record))
         if len(self._on_device) >= _MAX_ON_DEVICE:
             self._fetch()
 
@@ -80,81 +70,92 @@ class Recorder:
         """Whether the records that are held reach a multiple of ``every_n_steps``. Needs no host read."""
         if not self._on_device and not self._points:
             return False
-        first = self._points[0].step if self._points else self._on_device[0][0].step
-        last = self._on_device[-1][0].step if self._on_device else self._points[-1].step
+        first = self._points[0].step if self._points else self._on_device[0][0][0]
+        last = self._on_device[-1][0][0] if self._on_device else self._points[-1].step
         return (last + 1) // every_n_steps > first // every_n_steps
 
     def _fetch(self) -> None:
-        """Copy to the host what is held on the device."""
+        """Copy to the host what is held on the device, and sum it up."""
         if not self._on_device:
             return
-        wheres, records = zip(*self._on_device, strict=True)
+        places, records = zip(*self._on_device, strict=True)
         self._on_device = []
         numbers: Any = [record[:5] for record in records]
         norms: Any = [record.parameter_norms for record in records]
         if isinstance(records[0].norm, Tensor):
             numbers = torch.stack([torch.stack(five) for five in numbers]).tolist()
             norms = norms if norms[0] is None else torch.stack(norms).cpu()
-        points = [Point(*where, *five) for where, five in zip(wheres, numbers, strict=True)]
+        points = [Point(*place, *map(float, five)) for place, five in zip(places, numbers, strict=True)]
         squares = None if norms[0] is None else torch.as_tensor(norms, dtype=torch.float64, device="cpu").square()
-        self._points += points
-        self._squares += [] if squares is None else [squares]
         self.trace.extend(points, squares)
+        for point in points:
+            self._hold(point)
+        if squares is not None and self.layer_depth:
+            shares = shares_of(squares)
+            self._share_sums = shares.sum(0) + (0 if self._share_sums is None else self._share_sums)
+            self._share_steps += len(shares)
+
+    def _hold(self, point: Point) -> None:
+        self._points.append(point)
+        self._summary.merge(Summary.of(point))
+        if point.finite or not self._latest.finite:
+            self._latest = point
+        if point.finite and not point.norm <= self._largest.norm:  # which is NaN at first
+            self._largest = point
 
     def summarise(self) -> dict[str, float]:
-        """The summary of everything that is held; of the last flush if nothing is."""
+        """The summary of everything that is held; of the last flush if nothing is; NaN before any step."""
         self._fetch()
-        if self._points:
-            self.last_row = self._summary(self._points)
-        return self.last_row
+        return self._row() if self._points or self._last_row is None else self._last_row
 
-    def flush(self) -> Flush:
-        """Return everything that is held, and hold nothing any more."""
-        self.summarise()
-        points, self._points, self._squares = self._points, [], []
+    def flush(self) -> tuple[list[tuple[int, dict[str, float]]], list[Point]]:
+        """Hold nothing any more.
+
+        Returns:
+            What is to be logged of the steps that were held: rows, each with its step; and these steps.
+        """
+        row, points = self.summarise(), self._points
         if not points:
-            return Flush([], [])
-        steps = [(point.step, self._step_row(point)) for point in points] if self.every_step else []
-        return Flush([*steps, (points[-1].step, self.last_row)], points)
+            return [], []
+        rows = [(point.step, self._step_row(point)) for point in points] if self.every_step else []
+        self._last_row = row
+        self._begin()
+        return [*rows, (points[-1].step, row)], points
 
-    def _summary(self, points: list[Point]) -> dict[str, float]:
-        """One row for a window of steps. Non-finite steps are counted and otherwise left out."""
-        finite = [point for point in points if math.isfinite(point.norm)]
-        last = finite[-1] if finite else replace(points[-1], norm=math.nan, statistic=math.nan)
-        largest = max(finite, key=lambda point: point.norm, default=None)
-        coefs = [coef for point in finite if not math.isnan(coef := point.clip_coef)]
+    def _row(self) -> dict[str, float]:
+        """One row for the steps that are held. Non-finite steps are counted and otherwise left out."""
+        held, latest = self._summary, self._latest
+        if not latest.finite:
+            latest = replace(latest, norm=math.nan, statistic=math.nan)
         row = {
-            "grad_norm": last.norm,
-            "grad_norm_mean": _mean([point.norm for point in finite]),
-            "grad_norm_max": largest.norm if largest else math.nan,
-            "grad_norm_max_step": float(largest.step) if largest else math.nan,
-            "threshold": last.threshold,
-            "clipped_fraction": _mean([float(coef < 1) for coef in coefs]),
-            "clip_coef_mean": _mean(coefs),
-            "clip_coef_min": min(coefs, default=math.nan),
-            "nonfinite_total": points[-1].nonfinite_total,
+            "grad_norm": latest.norm,
+            "grad_norm_mean": held.mean,
+            "grad_norm_max": self._largest.norm,
+            "grad_norm_max_step": float(self._largest.step) if self._largest.finite else math.nan,
+            "threshold": latest.threshold,
+            "clipped_fraction": held.clipped_fraction,
+            "clip_coef_mean": held.clip_coef_mean,
+            "clip_coef_min": held.clip_coef_min,
+            "nonfinite_total": self._points[-1].nonfinite_total if self._points else math.nan,
         }
         if self.by_value:
-            row["grad_rms"] = last.statistic
+            row["grad_rms"] = latest.statistic
         return {self.prefix + key: value for key, value in row.items()} | self._layers()
 
     def _layers(self) -> dict[str, float]:
-        """The mean share of each module in the squared norm of the steps that are held."""
+        """The mean share of each module in the squared norm of the steps that are held; NaN if none is finite."""
         if not self.layer_depth:
             return {}
-        shares = torch.full((len(self.trace.names),), math.nan, dtype=torch.float64)
-        if self._squares:
-            shares = shares_of(torch.cat(self._squares)).mean(0)  # NaN if none is finite
-        named = dict(zip(self.trace.names, shares.tolist(), strict=True))
+        names, sums = self.trace.names, self._share_sums
+        if sums is None:
+            sums = torch.zeros(len(names), dtype=torch.float64, device="cpu")
+        means = dict(zip(names, (sums / self._share_steps).tolist(), strict=True))
         prefix = self.prefix.replace("autoclip/", "autoclip_layers/", 1)
-        return {prefix + module: share for module, share in by_module(named, self.layer_depth).items()}
+        shares = by_module(means, self.layer_depth)
+        return {prefix + module: share for module, share in shares.items()}
 
     def _step_row(self, point: Point) -> dict[str, float]:
         row = {"grad_norm": point.norm, "threshold": point.threshold}
         if self.by_value:
             row["grad_rms"] = point.statistic
         return {f"{self.prefix}step/{key}": value for key, value in row.items()}
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan

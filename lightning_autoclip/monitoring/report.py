@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from textwrap import fill
 from typing import Any
 
-from lightning_autoclip.monitoring.trace import Bin, Spike, Trace, by_module, typical_norm
+from lightning_autoclip.monitoring.summary import Point, Summary
+from lightning_autoclip.monitoring.trace import Trace, by_module
 
 # Each threshold is argued in docs/monitoring.md.
 LEAST_STEPS = 50  # fewer tell nothing of a trend
@@ -124,7 +125,9 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and finite numbers, fit for JSON; ``None`` for what is not known or infinite."""
-        plain: dict[str, Any] = _plain({"healthy": self.healthy, "sections": [asdict(one) for one in self.sections]})
+        plain: dict[str, Any] = _plain(
+            {"healthy": self.healthy, "sections": [asdict(section) for section in self.sections]}
+        )
         return plain
 
     def to_markdown(self) -> str:
@@ -157,33 +160,36 @@ def report_of(traces: Mapping[str, Trace], settings: Mapping[str, Any], has_scal
 
 
 def _figures(trace: Trace, settings: Mapping[str, Any]) -> Figures:
-    bins = trace.bins
-    steps, measured = sum(one.steps for one in bins), sum(one.measured for one in bins)
-    policy = settings["policy"]
-    plain = policy.get("name") == "Percentile" and policy.get("multiplier") == 1 and settings["max_threshold"] is None
-    by_norm = settings["gradient_clip_algorithm"] == "norm"
-    thresholds = [one.threshold for one in bins if not math.isnan(one.threshold)]
+    run = Summary.merged(trace.bins)
     modules = by_module(trace.shares, depth=2)
     return Figures(
-        steps=int(steps),
-        nonfinite=int(sum(one.nonfinite for one in bins)),
-        clipped_fraction=sum(one.clipped for one in bins) / measured if measured else math.nan,
-        expected_fraction=1 - policy["percentile"] / 100 if plain and by_norm else math.nan,
-        clip_coef_mean=sum(one.coefs for one in bins) / measured if measured else math.nan,
-        clip_coef_min=min(one.coef_min for one in bins),
-        norm_first=typical_norm(_part(bins, 0.0, 0.1)),
-        norm_typical=typical_norm(bins),
-        norm_last=typical_norm(_part(bins, 0.9, 1.0)),
-        norm_max=max(one.largest for one in bins),
-        threshold=thresholds[-1] if thresholds else math.inf,
+        steps=int(run.steps),
+        nonfinite=int(run.nonfinite),
+        clipped_fraction=run.clipped_fraction,
+        expected_fraction=_expected_fraction(settings),
+        clip_coef_mean=run.clip_coef_mean,
+        clip_coef_min=run.coef_min,
+        norm_first=_part(trace, 0.0, 0.1).typical,
+        norm_typical=run.typical,
+        norm_last=_part(trace, 0.9, 1.0).typical,
+        norm_max=run.largest,
+        threshold=math.inf if math.isnan(run.threshold) else run.threshold,
         modules=dict(sorted(modules.items(), key=lambda item: -item[1])),
     )
 
 
-def _part(bins: list[Bin], start: float, end: float) -> list[Bin]:
+def _expected_fraction(settings: Mapping[str, Any]) -> float:
+    policy = settings["policy"]
+    plain = policy.get("name") == "Percentile" and policy.get("multiplier") == 1 and settings["max_threshold"] is None
+    by_norm = settings["gradient_clip_algorithm"] == "norm"
+    return 1 - policy.get("percentile", math.nan) / 100 if plain and by_norm else math.nan
+
+
+def _part(trace: Trace, start: float, end: float) -> Summary:
     """The bins between two fractions of the run, at least one."""
+    bins = trace.bins
     first = min(int(start * len(bins)), len(bins) - 1)
-    return bins[first : max(first + 1, math.ceil(end * len(bins)))]
+    return Summary.merged(bins[first : max(first + 1, math.ceil(end * len(bins)))])
 
 
 def _verdicts(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
@@ -202,7 +208,7 @@ def _of_nonfinite(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[
         first, where = "", ""
         if trace.nonfinite:  # logged rows only count them
             where = ", ".join(name for name, _ in trace.nonfinite[0].parameters)
-            first = f", first at {_where(trace.nonfinite[0])}"
+            first = f", first at {_where(trace.nonfinite[0].point)}"
         yield Verdict(
             "non-finite gradients",
             f"{figures.nonfinite} of {figures.steps} steps had a NaN or an infinity in their gradient{first}"
@@ -213,11 +219,9 @@ def _of_nonfinite(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[
 
 
 def _of_growth(trace: Trace, figures: Figures) -> Iterator[Verdict]:
-    tenths = [typical_norm(_part(trace.bins, i / 10, (i + 1) / 10)) for i in range(10)]
-    start, peak = (
-        typical_norm([one for one in trace.bins if one.norms][:_START]),
-        max((one for one in tenths if one > 0), default=math.nan),
-    )
+    start = Summary.merged([steps for steps in trace.bins if steps.norms][:_START]).typical
+    tenths = [_part(trace, i / 10, (i + 1) / 10).typical for i in range(10)]
+    peak = max((typical for typical in tenths if typical > 0), default=math.nan)
     rise = peak / start
     if rise > RISEN:  # a learning rate that is too high shows within a few steps, and clipping may tame it later
         yield Verdict(
@@ -238,8 +242,8 @@ def _of_growth(trace: Trace, figures: Figures) -> Iterator[Verdict]:
 
 
 def _of_decline(trace: Trace, figures: Figures) -> Iterator[Verdict]:
-    last = _part(trace.bins, 0.9, 1.0)
-    only_zeros = any(one.zero for one in last) and not any(one.norms for one in last)
+    last = _part(trace, 0.9, 1.0)
+    only_zeros = last.zero > 0 and not last.norms
     if only_zeros or figures.norm_last < figures.norm_first / FALLEN:
         yield Verdict(
             "vanishing norms",
@@ -252,13 +256,13 @@ def _of_decline(trace: Trace, figures: Figures) -> Iterator[Verdict]:
 
 
 def _of_spikes(trace: Trace, figures: Figures) -> Iterator[Verdict]:
-    start = _part(trace.bins, 0.0, 0.1)[-1].last  # the first steps of a training are large
+    start = _part(trace, 0.0, 0.1).last  # the first steps of a training are large
     # A training that is nearly solved has a typical norm of almost nothing: one hard sample exceeds it by far.
-    large = [one for one in trace.bins if one.first > start and one.largest > figures.norm_first]
+    large = [steps for steps in trace.bins if steps.first > start and steps.largest > figures.norm_first]
     late = [
         spike
         for spike in trace.largest
-        if spike.times > SPIKE and any(one.first <= spike.step <= one.last for one in large)
+        if spike.times > SPIKE and any(steps.first <= spike.point.step <= steps.last for steps in large)
     ]
     if late:
         worst = max(late, key=lambda spike: spike.times)
@@ -266,7 +270,7 @@ def _of_spikes(trace: Trace, figures: Figures) -> Iterator[Verdict]:
         yield Verdict(
             "spikes",
             f"{len(late)} of the {len(trace.largest)} largest norms exceeded {SPIKE:.0f} times the typical one of their"
-            f" time, the worst {worst.times:.0f} times at {_where(worst)}"
+            f" time, the worst {worst.times:.0f} times at {_where(worst.point)}"
             + (f", mostly in {names}." if names else "."),
             "Look at these batches: `spikes()` lists them. Bad data, a rare input or a learning rate that is too high"
             " may be behind them.",
@@ -320,17 +324,16 @@ def _nothing(figures: Figures) -> str:
 def _plain(value: Any) -> Any:
     """The value as JSON has it."""
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
+        return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _where(spike: Spike) -> str:
+def _where(point: Point) -> str:
     """Step and batches; of logged rows only the step is known."""
-    last = "" if spike.last_batch == spike.first_batch else f" to {spike.last_batch}"
-    batches = f" (epoch {spike.epoch}, batch {spike.first_batch}{last})" if spike.epoch >= 0 else ""
-    return f"step {spike.step}{batches}"
+    batches = f" (epoch {point.epoch}, batch {point.batches.replace('-', ' to ')})" if point.epoch >= 0 else ""
+    return f"step {point.step}{batches}"
 
 
 def _lines(section: Section) -> Iterator[str]:

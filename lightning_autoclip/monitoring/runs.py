@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from lightning_autoclip.monitoring.trace import MOST_SPIKES, Bin, Spike, Trace, typical_norm
+from lightning_autoclip.monitoring.summary import Point, Summary
+from lightning_autoclip.monitoring.trace import MOST_SPIKES, Spike, Trace
 
 STATE_KEY = "GradientClipping"  # of the callback in a checkpoint
+CONFIG_KEY = "lightning_autoclip"  # of its settings in the config of a W&B run
 _KEYS = ("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "clipped_fraction")
 _UNKNOWN: dict[str, Any] = {
     "policy": {"name": "unknown"},
@@ -86,7 +88,7 @@ def _of_checkpoint(path: Path) -> RecordedRun:
         traces = {prefix: Trace.from_state(trace) for prefix, trace in state["traces"].items()}
         histories = [optimizer["history"]["values"].tolist() for optimizer in state["optimizers"]]
         settings, has_scaler = dict(state["settings"]), bool(state["has_scaler"])
-        if not traces or not {"policy", "gradient_clip_algorithm", "max_threshold", "warmup_steps"} <= settings.keys():
+        if not traces or not is_settings(settings):
             raise KeyError("settings")
         if state["several_policies"]:
             settings["policy"] = {"name": "several"}
@@ -100,8 +102,8 @@ def _of_checkpoint(path: Path) -> RecordedRun:
 
 def _exact(trace: Trace, history: list[float]) -> list[float]:
     """The norms of single steps: of all of them while each has its bin, else those that the record still holds."""
-    if all(one.steps == 1 for one in trace.bins):
-        return [one.largest for one in trace.bins if one.norms]
+    if all(steps.steps == 1 for steps in trace.bins):
+        return [steps.largest for steps in trace.bins if steps.norms]
     return history
 
 
@@ -131,9 +133,21 @@ def _of_wandb(path: Path) -> RecordedRun:
     rows = [_numbers(record["history"].get("item", {})) for record in records if record.get("type") == "history"]
     settings = dict(_UNKNOWN)
     for record in records:
-        update = record.get(record.get("type", ""), {})
-        settings |= (update.get("update", {}) if isinstance(update, dict) else {}).get("autoclip") or {}
+        written = record.get("config", {}).get("update", {}).get(CONFIG_KEY)
+        if is_settings(written):
+            settings |= written
     return _of_rows(rows, "trainer/global_step", f"W&B run {path.name}", settings)
+
+
+def is_settings(value: Any) -> bool:
+    """Whether this is what the callback writes of its arguments, rather than something of the user's."""
+    return (
+        isinstance(value, dict)
+        and value.get("gradient_clip_algorithm") in ("norm", "value")
+        and {"max_threshold", "warmup_steps"} <= value.keys()
+        and isinstance(policy := value.get("policy"), dict)
+        and isinstance(policy.get("percentile", 0.0), (int, float))
+    )
 
 
 def _numbers(item: Mapping[str, Any]) -> dict[str, float]:
@@ -159,7 +173,7 @@ def _of_rows(rows: Iterable[Row], step: str, source: str, settings: dict[str, An
             continue
         traces[prefix] = trace = Trace()
         steps = [row[step] for row in found]
-        longest = max((later - one for one, later in pairwise(steps)), default=steps[0] + 1)
+        longest = max((later - earlier for earlier, later in pairwise(steps)), default=steps[0] + 1)
         last, nonfinite = max(-1.0, steps[0] - longest) if steps[0] + 1 > 2 * longest else -1.0, 0.0
         if f"{prefix}grad_rms" in found[0]:
             settings["gradient_clip_algorithm"] = "value"
@@ -168,7 +182,7 @@ def _of_rows(rows: Iterable[Row], step: str, source: str, settings: dict[str, An
             if math.isfinite(row[prefix + "grad_norm_max_step"]) and row[prefix + "grad_norm_max"] > 0:
                 trace.largest.append(_largest(row, prefix, trace.bins))
             last, nonfinite = row[step], row[prefix + "nonfinite_total"]
-        trace.largest = sorted(trace.largest, key=lambda spike: -spike.norm)[:MOST_SPIKES]
+        trace.largest = sorted(trace.largest, key=lambda spike: -spike.point.norm)[:MOST_SPIKES]
         exact = [row[f"{prefix}step/grad_norm"] for row in rows if f"{prefix}step/grad_norm" in row]
         norms[prefix] = [norm for norm in exact if norm > 0]
     if not traces:
@@ -181,26 +195,30 @@ def _unit(row: Row, prefix: str) -> float:
     return row.get(f"{prefix}grad_rms", row[f"{prefix}grad_norm"]) / (row[f"{prefix}grad_norm"] or 1.0)
 
 
-def _largest(row: Row, prefix: str, bins: list[Bin]) -> Spike:
+def _largest(row: Row, prefix: str, bins: list[Summary]) -> Spike:
     """The largest norm of a row: of which batch, rows do not tell."""
     norm, coef = row[f"{prefix}grad_norm_max"], row.get(f"{prefix}clip_coef_min", math.nan)
-    times = norm * _unit(row, prefix) / typical_norm(bins[-MOST_SPIKES:])
-    where = int(row[f"{prefix}grad_norm_max_step"]), -1, -1, -1
-    return Spike(*where, norm, row.get(f"{prefix}threshold", math.nan), coef, times, ())
+    statistic, threshold = norm * _unit(row, prefix), row.get(f"{prefix}threshold", math.nan)
+    step, nonfinite = int(row[f"{prefix}grad_norm_max_step"]), row[f"{prefix}nonfinite_total"]
+    point = Point(step, -1, -1, -1, norm, norm * coef, statistic, threshold, nonfinite)
+    return Spike(point, statistic / Summary.merged(bins[-MOST_SPIKES:]).typical, ())
 
 
-def _bin(row: Row, prefix: str, before: float, step: float, nonfinite: float) -> Bin:
+def _bin(row: Row, prefix: str, before: float, step: float, nonfinite: float) -> Summary:
     steps, bad = max(step - before, 1.0), max(row[f"{prefix}nonfinite_total"] - nonfinite, 0.0)
-    finite, mean = max(steps - bad, 0.0), row[f"{prefix}grad_norm_mean"] * _unit(row, prefix)
+    finite, mean = max(steps - bad, 0.0), row[f"{prefix}grad_norm_mean"]
     threshold = row.get(f"{prefix}threshold", math.nan)
-    one = Bin(before + 1, step, steps, min(bad, steps), threshold=threshold if threshold < math.inf else math.nan)
-    if mean > 0:
-        one.smallest, one.largest = mean, row[f"{prefix}grad_norm_max"] * _unit(row, prefix)
-        one.logs = finite * math.log(mean)
-    else:
-        one.zero = finite
+    summary = Summary(
+        before + 1, step, steps, min(bad, steps), threshold=threshold if threshold < math.inf else math.nan
+    )
+    if not mean > 0:
+        summary.zero = finite
+        return summary
+    unit = _unit(row, prefix)
+    summary.total, summary.logs = finite * mean, finite * math.log(mean * unit)
+    summary.smallest, summary.largest = mean * unit, row[f"{prefix}grad_norm_max"] * unit
     coef, least = (row.get(f"{prefix}clip_coef_{key}", math.nan) for key in ("mean", "min"))
-    if coef == coef and mean > 0:
-        one.measured, one.clipped = finite, finite * row[f"{prefix}clipped_fraction"]
-        one.coefs, one.coef_min = finite * coef, least
-    return one
+    if coef == coef:
+        summary.measured, summary.clipped = finite, finite * row[f"{prefix}clipped_fraction"]
+        summary.coefs, summary.coef_min = finite * coef, least
+    return summary

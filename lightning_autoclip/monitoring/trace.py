@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_autoclip.monitoring.summary import Point, Summary
 
 MOST_BINS = 1024
 MOST_SPIKES = 20
@@ -17,138 +19,34 @@ _NAMED = 3  # parameters per spike
 
 
 @dataclass(frozen=True)
-class Point:
-    """One optimizer step on the host.
-
-    Attributes:
-        step: The step that it is logged at (the loggers' own ``trainer/global_step``).
-        epoch: From 0.
-        first_batch: Index of the first batch of its accumulation window.
-        last_batch: Index of the last one.
-        norm: As the other fields, what `StepRecord` says.
-    """
-
-    step: int
-    epoch: int
-    first_batch: int
-    last_batch: int
-    norm: float
-    clipped_norm: float
-    statistic: float
-    threshold: float
-    nonfinite_total: float
-
-    @property
-    def clip_coef(self) -> float:
-        """The factor by which clipping shrank the norm of the gradient, and with it the step: 1 where it did not.
-
-        NaN where the norm after clipping was not measured or the gradient not finite.
-        """
-        if math.isnan(self.clipped_norm) or not math.isfinite(self.norm):
-            return math.nan
-        return 1.0 if self.clipped_norm >= self.norm else self.clipped_norm / self.norm
-
-
-@dataclass
-class Bin:
-    """Some steps in a row, summed up. Norms and thresholds are those that a `StepRecord` compares (by value, entries').
-
-    Attributes:
-        first: The step that the first one is logged at.
-        last: The step that the last one is logged at.
-        steps: How many they are.
-        nonfinite: How many had a NaN or an infinity; these count nowhere below.
-        zero: How many had a gradient of exactly zero; these count nowhere below.
-        smallest: Smallest norm; ``inf`` if there is none.
-        largest: Largest norm; 0 if there is none.
-        logs: Sum of the norms' natural logarithms.
-        threshold: The last one; NaN if nothing was clipped yet.
-        measured: At how many steps it is known what clipping did.
-        clipped: At how many of these it changed the gradient.
-        coefs: Sum of the factors on these.
-        coef_min: The smallest of the factors.
-    """
-
-    first: float
-    last: float
-    steps: float = 1.0
-    nonfinite: float = 0.0
-    zero: float = 0.0
-    smallest: float = math.inf
-    largest: float = 0.0
-    logs: float = 0.0
-    threshold: float = math.nan
-    measured: float = 0.0
-    clipped: float = 0.0
-    coefs: float = 0.0
-    coef_min: float = 1.0
-
-    @classmethod
-    def of(cls, point: Point) -> Bin:
-        """The bin of one step."""
-        one = cls(point.step, point.step)
-        if math.isfinite(point.threshold):
-            one.threshold = point.threshold
-        if not math.isfinite(point.norm):
-            one.nonfinite = 1.0
-        elif point.statistic <= 0:
-            one.zero = 1.0
-        else:
-            one.smallest = one.largest = point.statistic
-            one.logs = math.log(point.statistic)
-            if not math.isnan(coef := point.clip_coef):
-                one.measured, one.clipped, one.coefs, one.coef_min = 1.0, float(coef < 1), coef, coef
-        return one
-
-    def merge(self, later: Bin) -> None:
-        """Take in a bin of later steps."""
-        for name in ("steps", "nonfinite", "zero", "logs", "measured", "clipped", "coefs"):
-            setattr(self, name, getattr(self, name) + getattr(later, name))
-        self.last, self.largest = later.last, max(self.largest, later.largest)
-        self.smallest, self.coef_min = min(self.smallest, later.smallest), min(self.coef_min, later.coef_min)
-        if not math.isnan(later.threshold):
-            self.threshold = later.threshold
-
-    @property
-    def norms(self) -> float:
-        """How many steps had a norm above 0."""
-        return self.steps - self.nonfinite - self.zero
-
-
-@dataclass(frozen=True)
 class Spike:
     """A step with one of the largest norms of the run, or with a gradient that was not finite.
 
     Attributes:
-        step: The step that it is logged at (the loggers' own ``trainer/global_step``).
-        epoch: From 0.
-        first_batch: Index of the first batch of its accumulation window.
-        last_batch: Index of the last one.
-        norm: L2 norm of the whole gradient; NaN or infinite where it was not finite.
-        threshold: Of that step.
-        clip_coef: The factor of that step; NaN where it was not measured (most steps by value).
-        times: The norm in units of the typical one of the steps around it, as far as they were known.
+        point: The step.
+        times: Its norm in units of the typical one of the steps around it, as far as they were known.
         parameters: The parameters with the largest shares of the squared norm, and their shares from 0 to 1; of a
             gradient that is not finite, those that were not, each with NaN.
     """
 
-    step: int
-    epoch: int
-    first_batch: int
-    last_batch: int
-    norm: float
-    threshold: float
-    clip_coef: float
+    point: Point
     times: float
     parameters: tuple[tuple[str, float], ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The spike as one flat row of a table."""
-        row = asdict(self)
-        batches = f"{self.first_batch}" + (f"-{self.last_batch}" if self.last_batch != self.first_batch else "")
+        point = self.point
         names = ", ".join(f"{name} ({share:.0%})" if share == share else name for name, share in self.parameters)
-        kept = {key: row[key] for key in ("norm", "times", "threshold", "clip_coef")}
-        return {"step": self.step, "epoch": self.epoch, "batches": batches, **kept, "parameters": names}
+        return {
+            "step": point.step,
+            "epoch": point.epoch,
+            "batches": point.batches,
+            "norm": point.norm,
+            "times": self.times,
+            "threshold": point.threshold,
+            "clip_coef": point.clip_coef,
+            "parameters": names,
+        }
 
 
 class Trace:
@@ -168,7 +66,7 @@ class Trace:
 
     def __init__(self, names: Sequence[str] = (), numels: Sequence[int] = ()) -> None:
         self.names, self.numels = list(names), list(numels)
-        self.bins: list[Bin] = []
+        self.bins: list[Summary] = []
         self.largest: list[Spike] = []
         self.nonfinite: list[Spike] = []
         self._width = 1  # steps per bin
@@ -184,11 +82,11 @@ class Trace:
                 ``None`` where nobody measures them.
         """
         for i, point in enumerate(points):
-            one = Bin.of(point)
+            step = Summary.of(point)
             if self.bins and self.bins[-1].steps < self._width:
-                self.bins[-1].merge(one)
+                self.bins[-1].merge(step)
             else:
-                self.bins.append(one)
+                self.bins.append(step)
             if len(self.bins) > MOST_BINS:
                 self._halve()
             self._keep_if_large(point, None if squares is None else squares[i])
@@ -205,9 +103,9 @@ class Trace:
         self.bins, self._width = self.bins[::2], 2 * self._width
 
     def _keep_if_large(self, point: Point, squares: Tensor | None) -> None:
-        finite = math.isfinite(point.norm)
+        finite = point.finite
         kept = self.largest if finite else self.nonfinite
-        if len(kept) >= MOST_SPIKES and not (finite and point.norm > kept[-1].norm):
+        if len(kept) >= MOST_SPIKES and not (finite and point.norm > kept[-1].point.norm):
             return
         parameters: tuple[tuple[str, float], ...] = ()
         if squares is not None and finite and float(squares.sum()) > 0:
@@ -216,11 +114,9 @@ class Trace:
         elif squares is not None and not finite:
             bad = squares.isfinite().logical_not().nonzero().flatten().tolist()
             parameters = tuple((self.names[i], math.nan) for i in bad[:_NAMED])
-        where = point.step, point.epoch, point.first_batch, point.last_batch
-        times = point.statistic / typical_norm(self.bins[-_AROUND:])
-        spike = Spike(*where, point.norm, point.threshold, point.clip_coef, times, parameters)
+        spike = Spike(point, point.statistic / Summary.merged(self.bins[-_AROUND:]).typical, parameters)
         if finite:
-            self.largest = sorted([*self.largest, spike], key=lambda spike: -spike.norm)[:MOST_SPIKES]
+            self.largest = sorted([*self.largest, spike], key=lambda spike: -spike.point.norm)[:MOST_SPIKES]
         else:
             self.nonfinite.append(spike)
 
@@ -233,11 +129,11 @@ class Trace:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, lists and plain numbers; loads with ``torch.load(..., weights_only=True)``."""
-        bins = torch.tensor([astuple(one) for one in self.bins], dtype=torch.float64, device="cpu")
+        bins = torch.tensor([astuple(summary) for summary in self.bins], dtype=torch.float64, device="cpu")
         return {
             "names": list(self.names),
             "numels": list(self.numels),
-            "bins": bins.reshape(-1, len(fields(Bin))),
+            "bins": bins.reshape(-1, len(fields(Summary))),
             "width": self._width,
             "largest": [astuple(spike) for spike in self.largest],
             "nonfinite": [astuple(spike) for spike in self.nonfinite],
@@ -256,8 +152,11 @@ class Trace:
             if not isinstance(state["names"], list):
                 raise TypeError("names")
             trace = cls(state["names"], state["numels"])
-            trace.bins = [Bin(*row) for row in state["bins"].tolist()]
-            trace.largest, trace.nonfinite = ([Spike(*row) for row in state[key]] for key in ("largest", "nonfinite"))
+            trace.bins = [Summary(*row) for row in state["bins"].tolist()]
+            trace.largest, trace.nonfinite = (
+                [Spike(Point(*point), times, parameters) for point, times, parameters in state[key]]
+                for key in ("largest", "nonfinite")
+            )
             trace._width, trace._share_steps = state["width"], state["share_steps"]
             trace._share_sums = state["share_sums"].clone()
             trace._check(state["bins"].shape)
@@ -269,12 +168,13 @@ class Trace:
         """Raise unless everything has its type and size."""
         spikes = [*self.largest, *self.nonfinite]
         sound = (
-            bins == (len(self.bins), len(fields(Bin))),
+            bins == (len(self.bins), len(fields(Summary))),
             all(type(name) is str for name in self.names),
             all(type(numel) is int for numel in self.numels) and len(self.numels) == len(self.names),
             self._share_sums.shape == (len(self.names),) and self._share_sums.dtype == torch.float64,
             all(type(count) is int for count in (self._width, self._share_steps)),
-            all(type(spike.step) is int and type(spike.norm) is float for spike in spikes),
+            all(type(value) is int for spike in spikes for value in astuple(spike.point)[:4]),
+            all(type(value) is float for spike in spikes for value in (*astuple(spike.point)[4:], spike.times)),
             all(type(name) is str for spike in spikes for name, _ in spike.parameters),
         )
         if not all(sound) or self._width < 1 or self._share_steps < 0:
@@ -288,12 +188,6 @@ class Trace:
             self._share_sums = torch.tensor(kept, dtype=torch.float64, device="cpu")
             self._share_steps = self._share_steps if sums.keys() & set(names) else 0
         self.names, self.numels = list(names), list(numels)
-
-
-def typical_norm(bins: Sequence[Bin]) -> float:
-    """Geometric mean of the norms above 0; NaN if there is none."""
-    norms = sum(one.norms for one in bins)
-    return math.exp(sum(one.logs for one in bins) / norms) if norms else math.nan
 
 
 def shares_of(squares: Tensor) -> Tensor:

@@ -5,42 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning_autoclip.monitoring.trace import Point
+from lightning.pytorch.utilities import rank_zero_warn
 
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
+from lightning_autoclip.monitoring.runs import CONFIG_KEY, is_settings
+from lightning_autoclip.monitoring.summary import Point
 
 _WAIT = timedelta(minutes=10)  # between two alerts
 
 
-def is_logger(logger: Logger, name: str) -> bool:
-    """Whether this is a logger of that name, of either Lightning package; needs nothing to be installed."""
-    return any(base.__name__ == name for base in type(logger).__mro__)
+def define_metrics(logger: Any, keys: Iterable[str]) -> None:
+    """Define each metric by its name.
 
-
-def is_wandb(logger: Logger) -> bool:
-    """Whether this is a `WandbLogger`."""
-    return is_logger(logger, "WandbLogger")
-
-
-def describe_run(logger: Any, keys: Iterable[str], settings: dict[str, Any]) -> None:
-    """Define each metric and put the callback's settings into the run's config.
-
-    Each key is named, never a glob: Lightning has defined ``*`` and the client picks among matching globs at random.
-
-    Args:
-        logger: A `WandbLogger`.
-        keys: The keys that the callback will log.
-        settings: The callback's arguments, stored in the config under ``autoclip``.
+    Never by a glob: Lightning has defined ``*`` and the client picks among matching globs at random.
     """
     for key in keys:
         name = (_prefix(logger) + key).replace(".", r"\.")  # else a dot means a key within a dict
         logger.experiment.define_metric(
             name, step_metric="trainer/global_step", step_sync=True, summary="min,max,mean,last"
         )
-    logger.log_hyperparams({"autoclip": settings})
+
+
+def log_settings(logger: Any, settings: dict[str, Any]) -> None:
+    """Put the callback's settings into the run's config, unless something of the user's stands under their key."""
+    held = logger.experiment.config.get(CONFIG_KEY)
+    if held is None or is_settings(held):  # those of a run that is resumed
+        logger.log_hyperparams({CONFIG_KEY: settings})
+    else:
+        rank_zero_warn(
+            f"The config of the W&B run has a key `{CONFIG_KEY}` of your own ({held!r}), which stays: the callback's"
+            " settings are not logged. Rename it to have them."
+        )
 
 
 def _prefix(logger: Any) -> str:
@@ -57,7 +53,7 @@ def log_histogram(logger: Any, key: str, points: Sequence[Point]) -> None:
     """Log the distribution of the finite norms of some steps."""
     import wandb
 
-    if norms := [point.norm for point in points if math.isfinite(point.norm)]:
+    if norms := [point.norm for point in points if point.finite]:
         logger.log_metrics({key: wandb.Histogram(norms)}, step=points[-1].step)
 
 
@@ -70,9 +66,9 @@ def log_table(logger: Any, key: str, rows: Sequence[dict[str, Any]], step: int) 
     logger.log_metrics({key: table}, step=step)
 
 
-def summarise_run(logger: Any, verdicts: str) -> None:
+def log_health(logger: Any, health: str) -> None:
     """Put the report's verdicts into the run's summary."""
-    logger.experiment.summary[f"{_prefix(logger)}autoclip/health"] = verdicts
+    logger.experiment.summary[f"{_prefix(logger)}autoclip/health"] = health
 
 
 def alert(logger: Any, prefix: str, points: Sequence[Point], above: float, nonfinite: bool) -> None:
@@ -86,10 +82,9 @@ def alert(logger: Any, prefix: str, points: Sequence[Point], above: float, nonfi
         nonfinite: Whether steps that are not finite count; with a loss scaler they are usual.
     """
     for point in points:
-        spike = math.isfinite(point.norm) and point.statistic > above * point.threshold
-        if spike or (nonfinite and not math.isfinite(point.norm)):
-            same = point.first_batch == point.last_batch
-            batches = f"{point.last_batch}" if same else f"{point.first_batch} to {point.last_batch}"
+        spike = point.finite and point.statistic > above * point.threshold
+        if spike or (nonfinite and not point.finite):
+            batches = point.batches.replace("-", " to ")
             times = point.statistic / point.threshold if spike and point.threshold else math.inf
             why = f"{times:.1f} times the threshold" if spike else "not finite"
             logger.experiment.alert(

@@ -1,0 +1,132 @@
+"""What loggers are told of a run, whichever they are: its keys and settings, rows, and at the end the spike table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_autoclip.monitoring import wandb
+from lightning_autoclip.monitoring.summary import Point
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
+
+_TABLE = "autoclip_spikes"
+
+
+def describe(loggers: Iterable[Logger], keys: Iterable[str], settings: dict[str, Any]) -> None:
+    """Tell at the start of a fit what will be logged.
+
+    Args:
+        loggers: Those of the Trainer.
+        keys: Every key that the rows can have.
+        settings: The callback's arguments, as plain values.
+    """
+    names = list(keys)
+    for logger in loggers:
+        if _is(logger, "WandbLogger"):
+            wandb.define_metrics(logger, names)
+            wandb.log_settings(logger, settings)
+
+
+def send(
+    loggers: Iterable[Logger],
+    prefix: str,
+    rows: Sequence[tuple[int, dict[str, float]]],
+    points: Sequence[Point],
+    *,
+    histogram: bool = False,
+    alert_above: float | None = None,
+    alert_nonfinite: bool = True,
+) -> None:
+    """Log the rows of one optimizer, and save them.
+
+    Args:
+        loggers: Those of the Trainer.
+        prefix: Of the optimizer's keys.
+        rows: Each with its step; nothing is logged if there is none.
+        points: The steps that the rows sum up.
+        histogram: Whether a histogram of the norms is logged too.
+        alert_above: Whether an alert is sent, and of norms how many times their threshold.
+        alert_nonfinite: Whether steps that are not finite are alerted of too; with a loss scaler they are usual.
+    """
+    for logger in loggers if rows else ():
+        on_wandb = _is(logger, "WandbLogger")
+        for step, row in rows:
+            logger.log_metrics(wandb.finite_part(row) if on_wandb else row, step=step)
+        if on_wandb and histogram:
+            wandb.log_histogram(logger, f"{prefix}grad_norm_histogram", points)
+        if on_wandb and alert_above is not None:
+            wandb.alert(logger, prefix, points, alert_above, alert_nonfinite)
+        logger.save()
+
+
+def conclude(loggers: Iterable[Logger], spikes: Sequence[dict[str, Any]], health: str | None, step: int) -> None:
+    """Log the spike table, and to W&B the report's verdicts; a logger that fails is warned of.
+
+    Args:
+        loggers: Those of the Trainer.
+        spikes: What ``spikes()`` of the callback returns; nothing is logged of an empty table.
+        health: The report's verdicts in a few words; ``None`` where there is no report.
+        step: The step that it is logged at.
+    """
+    for logger in loggers:
+        try:
+            if spikes:
+                _log_spikes(logger, spikes, step)
+            if health is not None and _is(logger, "WandbLogger"):
+                wandb.log_health(logger, health)
+        except Exception as error:  # a server that fails now must not fail a training that is done
+            rank_zero_warn(f"The spike table could not be logged to `{type(logger).__name__}`: {error}")
+
+
+def _log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
+    """To W&B as a Table, to TensorBoard as text, to MLflow as an artifact, else as a CSV file.
+
+    That file stands beside the logger's own, or, if it has no directory per run, where Lightning puts a run's
+    checkpoints: in ``save_dir/name/version``.
+    """
+    if _is(logger, "WandbLogger"):
+        wandb.log_table(logger, "autoclip/spikes", rows, step)
+    elif _is(logger, "TensorBoardLogger"):
+        logger.experiment.add_text("autoclip/spikes", _as_markdown(rows), step)
+    elif _is(logger, "MLFlowLogger"):  # its server may have another disk
+        logger.experiment.log_text(logger.run_id, _as_csv(rows), f"{_TABLE}.csv")
+    elif directory := getattr(logger, "log_dir", None) or _directory_of_run(logger):
+        files = get_filesystem(directory)  # which need not be the local one
+        files.makedirs(directory, exist_ok=True)
+        with files.open(f"{directory}/{_TABLE}.csv", "w") as file:
+            file.write(_as_csv(rows))
+
+
+def _is(logger: Logger, name: str) -> bool:
+    """Whether this is a logger of that name, of either Lightning package; needs nothing to be installed."""
+    return any(base.__name__ == name for base in type(logger).__mro__)
+
+
+def _directory_of_run(logger: Any) -> str:
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return os.path.join(logger.save_dir, str(logger.name), version) if logger.save_dir else ""
+
+
+def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")  # where files are text, the system adds its own
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def _as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,182 @@
+"""One optimizer step on the host, and some steps in a row summed up: what rows, traces and reports are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SAME = 1e-4  # norms that differ by no more than this part are one number
+
+
+@dataclass(frozen=True)
+class Point:
+    """One optimizer step on the host.
+
+    Attributes:
+        step: The step that it is logged at (the loggers' own ``trainer/global_step``).
+        epoch: From 0; -1 where nobody knows it, as of logged rows.
+        first_batch: Index of the first batch of its accumulation window.
+        last_batch: Index of the last one.
+        norm: As the other fields, what `StepRecord` says.
+    """
+
+    step: int
+    epoch: int
+    first_batch: int
+    last_batch: int
+    norm: float
+    clipped_norm: float
+    statistic: float
+    threshold: float
+    nonfinite_total: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether the gradient held neither a NaN nor an infinity."""
+        return math.isfinite(self.norm)
+
+    @property
+    def clip_coef(self) -> float:
+        """The factor by which clipping shrank the norm of the gradient, and with it the step: 1 where it did not.
+
+        NaN where the norm after clipping was not measured or the gradient not finite.
+        """
+        if math.isnan(self.clipped_norm) or not self.finite:
+            return math.nan
+        return 1.0 if self.clipped_norm >= self.norm else self.clipped_norm / self.norm
+
+    @property
+    def batches(self) -> str:
+        """The batches of its accumulation window, as ``"7"`` or ``"4-7"``."""
+        return f"{self.first_batch}" + (f"-{self.last_batch}" if self.last_batch != self.first_batch else "")
+
+
+@dataclass
+class Summary:
+    """Some steps in a row, summed up: by default none.
+
+    "Statistics" are what a `StepRecord` compares with its threshold: norms, or by value root-mean-square entries.
+
+    Attributes:
+        first: The step that the first one is logged at.
+        last: The step that the last one is logged at.
+        steps: How many they are.
+        nonfinite: How many had a NaN or an infinity; these count nowhere below.
+        zero: How many had a gradient of exactly zero.
+        total: Sum of the norms.
+        smallest: Smallest statistic above 0; ``inf`` if there is none.
+        largest: Largest statistic; 0 if there is none.
+        logs: Sum of the natural logarithms of the statistics above 0.
+        threshold: The last finite one, also of a step that was not; NaN if nothing was clipped yet.
+        measured: At how many steps it is known what clipping did.
+        clipped: At how many of these it changed the gradient.
+        coefs: Sum of the factors on these.
+        coef_min: The smallest of the factors; 1 if there is none.
+        top: The largest norm, to within the part `SAME` of it; 0 if there is none.
+        at_top: How many norms are that number, to within the same.
+    """
+
+    first: float = math.nan
+    last: float = math.nan
+    steps: float = 0.0
+    nonfinite: float = 0.0
+    zero: float = 0.0
+    total: float = 0.0
+    smallest: float = math.inf
+    largest: float = 0.0
+    logs: float = 0.0
+    threshold: float = math.nan
+    measured: float = 0.0
+    clipped: float = 0.0
+    coefs: float = 0.0
+    coef_min: float = 1.0
+    top: float = 0.0
+    at_top: float = 0.0
+
+    @classmethod
+    def of(cls, point: Point) -> Summary:
+        """One step."""
+        summary = cls(point.step, point.step, 1.0)
+        if math.isfinite(point.threshold):
+            summary.threshold = point.threshold
+        if not point.finite:
+            summary.nonfinite = 1.0
+            return summary
+        summary.total = point.norm
+        if point.statistic > 0:
+            summary.smallest = summary.largest = point.statistic
+            summary.logs = math.log(point.statistic)
+            summary.top, summary.at_top = point.norm, 1.0
+        else:
+            summary.zero = 1.0
+        if not math.isnan(coef := point.clip_coef):
+            summary.measured, summary.clipped, summary.coefs, summary.coef_min = 1.0, float(coef < 1), coef, coef
+        return summary
+
+    @classmethod
+    def merged(cls, parts: Iterable[Summary]) -> Summary:
+        """All steps of some summaries, given in order."""
+        whole = cls()
+        for part in parts:
+            whole.merge(part)
+        return whole
+
+    def merge(self, later: Summary) -> None:
+        """Take in later steps."""
+        if not self.steps:
+            self.first = later.first
+        self.last = later.last
+        self.steps += later.steps
+        self.nonfinite += later.nonfinite
+        self.zero += later.zero
+        self.total += later.total
+        self.smallest = min(self.smallest, later.smallest)
+        self.largest = max(self.largest, later.largest)
+        self.logs += later.logs
+        if not math.isnan(later.threshold):
+            self.threshold = later.threshold
+        self.measured += later.measured
+        self.clipped += later.clipped
+        self.coefs += later.coefs
+        self.coef_min = min(self.coef_min, later.coef_min)
+        # The number stays where it was first seen: one that moved with each norm would creep along with slow growth.
+        if later.top > self.top * (1 + SAME):
+            self.top, self.at_top = later.top, later.at_top
+        elif later.top >= self.top * (1 - SAME):
+            self.at_top += later.at_top
+
+    @property
+    def finite(self) -> float:
+        """How many steps had a finite norm."""
+        return self.steps - self.nonfinite
+
+    @property
+    def norms(self) -> float:
+        """How many steps had a finite norm above 0."""
+        return self.steps - self.nonfinite - self.zero
+
+    @property
+    def mean(self) -> float:
+        """Mean norm; NaN if there is none."""
+        return self.total / self.finite if self.finite else math.nan
+
+    @property
+    def typical(self) -> float:
+        """Geometric mean of the statistics above 0; NaN if there is none."""
+        return math.exp(self.logs / self.norms) if self.norms else math.nan
+
+    @property
+    def clipped_fraction(self) -> float:
+        """Share of the steps that clipping changed, of those at which that is known; NaN if it is of none."""
+        return self.clipped / self.measured if self.measured else math.nan
+
+    @property
+    def clip_coef_mean(self) -> float:
+        """Mean factor on the step; NaN if it is not known of any."""
+        return self.coefs / self.measured if self.measured else math.nan
+
+    @property
+    def clip_coef_min(self) -> float:
+        """The smallest factor on the step; NaN if it is not known of any."""
+        return self.coef_min if self.measured else math.nan
