@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from helpers import FORMS, in_form
+from ranks import TwoRanks
 
 torch.set_num_threads(1)
 collect_ignore = [] if find_spec("deepspeed") else ["test_deepspeed.py"]  # `make test-deepspeed` has it
@@ -26,6 +27,14 @@ def form(request):
     """Both forms of every shortcut: with reads by the host, which are free on the CPU, and without."""
     with in_form(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """The two processes that all test files share: to start them takes longer than most of what they do."""
+    ranks = TwoRanks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    assert not any(ranks.close()), "a process ended with another code than 0"
 
 
 def pytest_collection_modifyitems(config, items):

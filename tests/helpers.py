@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import time
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, distributed, multiprocessing, nn
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from processes import TIME_LIMIT
+from ranks import join_group, leave
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -91,28 +96,41 @@ class Net(LightningModule):
         return self.optimizer(self.parameters())
 
 
+class _Launcher(_MultiProcessingLauncher):
+    """Lightning's, but with a limit of time and processes that leave as :func:`ranks.leave` does."""
+
+    def launch(self, *args: Any, **kwargs: Any) -> Any:
+        def give_up() -> None:
+            print(f"Lightning's processes are not through after {TIME_LIMIT} s: a deadlock?", file=sys.stderr)
+            for process in self.procs:
+                process.kill()  # which Lightning raises
+
+        limit = threading.Timer(TIME_LIMIT, give_up)
+        limit.start()
+        try:
+            return super().launch(*args, **kwargs)
+        finally:
+            limit.cancel()
+
+    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+        super()._wrapping_function(*args, **kwargs)  # an exception goes to the parent before the process ends
+        leave()
+
+
 class SpawnedDDP(DDPStrategy):
-    """``ddp_spawn`` that leaves no process group behind: at a process's end gloo's threads may abort it."""
+    """``ddp_spawn`` on two processes, whose rendezvous is a file in ``folder``."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, folder: Path, **kwargs: Any) -> None:
         super().__init__(start_method="spawn", **kwargs)
+        self.folder = folder
 
-    def teardown(self) -> None:
-        super().teardown()
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+    def _configure_launcher(self) -> None:
+        self._launcher = _Launcher(self, start_method="spawn")
 
-
-def run_on_two_ranks(work: Callable[..., None], *args: Any, timeout: float = 120) -> None:
-    """Run ``work(rank, *args)`` in two processes; kill both and fail if they are not through in time (a deadlock)."""
-    started = multiprocessing.start_processes(work, args=args, nprocs=2, join=False)
-    deadline = time.monotonic() + timeout
-    try:
-        while not started.join(timeout=1):
-            assert time.monotonic() < deadline, f"The ranks are not through after {timeout} s: a deadlock?"
-    finally:
-        for process in started.processes:
-            process.kill()
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        join_group(self.global_rank, self.folder / "store")
+        super().setup_distributed()  # which finds the group
 
 
 def assert_bit_equal(first: dict[str, Any], second: dict[str, Any]) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_program
 
 import lightning_autoclip
 
@@ -70,12 +69,12 @@ def test_every_public_name_is_there_and_documented():
 
 
 def test_wandb_and_matplotlib_are_optional():
-    code = (
-        "import sys, lightning.pytorch, torchmetrics;"  # they look for both themselves
-        "sys.modules['wandb'] = sys.modules['matplotlib'] = None;"
-        "from lightning_autoclip import AutoClip; AutoClip()"
+    Path("program.py").write_text(
+        "import sys, lightning.pytorch, torchmetrics\n"  # they look for both themselves
+        "sys.modules['wandb'] = sys.modules['matplotlib'] = None\n"
+        "from lightning_autoclip import AutoClip\nAutoClip()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+    assert run_program(Path("program.py")).returncode == 0
 
 
 @pytest.mark.parametrize("room", ROOMS)

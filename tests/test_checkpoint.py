@@ -2,7 +2,6 @@
 
 import copy
 import math
-import multiprocessing
 import os
 import pickle
 import signal
@@ -16,6 +15,7 @@ from helpers import Net, loader, trainer, weights, with_gradient
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+from processes import SERVER
 from torch import nn
 from torchmetrics import MetricCollection
 
@@ -117,7 +117,7 @@ def train_until_killed(folder):
 
 @pytest.mark.distributed
 def test_a_killed_run_that_is_resumed_takes_the_same_steps_as_an_uninterrupted_one(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=train_until_killed, args=(str(tmp_path),))
+    process = SERVER.Process(target=train_until_killed, args=(str(tmp_path),))
     process.start()
     process.join(timeout=50)
     process.kill()

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from processes import ROOT, run_program
 
-ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "cli"
 SHORT = ["--model.steps=10", "--trainer.enable_progress_bar=false"]
 AUTOCLIP, ZSCORE = (["--config", EXAMPLE / name] for name in ("config.yaml", "zscore.yaml"))
 
 
-def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+def call(*arguments: object) -> CompletedProcess[str]:
     """Run ``python main.py fit ...`` in the current directory."""
-    inherited = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([str(ROOT), *([inherited] if inherited else [])])
-    return subprocess.run(
-        [sys.executable, str(EXAMPLE / "main.py"), "fit", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_program(EXAMPLE / "main.py", "fit", *arguments)
 
 
 def fit(*arguments: object) -> dict[str, Any]:

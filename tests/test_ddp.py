@@ -1,20 +1,18 @@
 """Two processes clip as one process would on the same global batches."""
 
 import math
-import os
-import signal
+from functools import partial
 
 import pytest
 import torch
-from helpers import Batches, Net, SpawnedDDP, assert_bit_equal, run_on_two_ranks, trainer, weights
+from helpers import Batches, Net, SpawnedDDP, assert_bit_equal, trainer, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from torch import distributed, multiprocessing, nn
+from torch import nn
 
 from lightning_autoclip import AutoClip, NonFiniteGradientError
 
 pytestmark = pytest.mark.distributed
-TIMEOUT = 60
 
 BY_VALUE = {"gradient_clip_algorithm": "value"}
 # 80 rows are ten global batches of eight. They go to the ranks in turn, so that row 25 is one of the second rank.
@@ -90,41 +88,33 @@ def train(name, epochs=2, ckpt=None, save=None, nonfinite="skip", **kwargs):
     return {"steps": torch.tensor(list(watch.steps.values())), "weights": weights(model), "record": records}
 
 
-def work(rank, folder):
-    """Every run of one rank; the other rank does the same."""
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)  # tells Lightning that the processes have been started
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def on_two(name, **kwargs):
+    """Train a case as one of two ranks."""
+    return train(name, strategy=DDPStrategy(find_unused_parameters="unused" in name), devices=2, **kwargs)
 
-    def run(result, name, **kwargs):
-        strategy = DDPStrategy(find_unused_parameters="unused" in name)
-        seen = train(name, strategy=strategy, devices=2, **kwargs)
-        torch.save(seen, f"{folder}/{result}-{rank}.pt")
 
-    for name in CASES:
-        run(name, name)
-    for name in RESUMED:
-        run(f"{name}-interrupted", name, epochs=1, save=f"{folder}/{name}.ckpt")
-        run(f"{name}-resumed", name, ckpt=f"{folder}/{name}.ckpt")
-    try:
-        run("raise", "nan", nonfinite="raise")
-    except NonFiniteGradientError as error:
-        torch.save(str(error), f"{folder}/raise-{rank}.pt")
-    distributed.destroy_process_group()
+def interrupted(name, path):
+    return [on_two(name, epochs=1, save=path), on_two(name, ckpt=path)]
+
+
+def raising():
+    with pytest.raises(NonFiniteGradientError) as error:
+        on_two("nan", nonfinite="raise")
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the two ranks have left what they saw."""
-    folder = tmp_path_factory.mktemp("ddp")
-    run_on_two_ranks(work, str(folder), timeout=TIMEOUT)
-    return folder
+    """Where the runs save."""
+    return tmp_path_factory.mktemp("ddp")
 
 
 @pytest.fixture(scope="module")
-def ranks(folder):
+def ranks(two_ranks, folder):
     """What the two ranks saw in a run."""
-    return lambda name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
+    runs = {name: partial(on_two, name) for name in CASES}
+    runs |= {f"{name}-interrupted": partial(interrupted, name, folder / f"{name}.ckpt") for name in RESUMED}
+    return two_ranks.start(runs | {"raise": raising})
 
 
 def assert_alike(first, second):
@@ -161,27 +151,17 @@ def test_a_nan_on_one_rank_raises_on_both(ranks):
 
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_resumed_run_takes_the_same_steps_as_an_uninterrupted_one(case, ranks):
-    for whole, first, second in zip(ranks(case), ranks(f"{case}-interrupted"), ranks(f"{case}-resumed"), strict=True):
+    for whole, (first, second) in zip(ranks(case), ranks(f"{case}-interrupted"), strict=True):
         second["steps"] = torch.cat((first["steps"], second["steps"]))
         assert_alike(second, whole)
 
 
 def test_a_run_of_two_processes_resumes_on_one(folder, ranks):
+    assert ranks("norm-interrupted")  # has saved
     resumed = train("norm", ckpt=folder / "norm.ckpt")
     torch.testing.assert_close(resumed["weights"], ranks("norm")[0]["weights"], atol=1e-6, rtol=0)
 
 
 def test_the_callback_survives_being_pickled_by_ddp_spawn(tmp_path, ranks):
-    def give_up(*args):
-        for process in multiprocessing.active_children():
-            process.kill()
-        raise TimeoutError(f"Lightning's processes are not through after {TIMEOUT} s: a deadlock?")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(TIMEOUT)
-    try:
-        seen = train("nan", strategy=SpawnedDDP(), devices=2)
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+    seen = train("nan", strategy=SpawnedDDP(tmp_path), devices=2)
     assert torch.equal(seen["weights"], ranks("nan")[0]["weights"])

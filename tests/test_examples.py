@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+from processes import ROOT, run_program
 
-ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def run(example: str, *arguments: object, cwd: Path) -> str:
     """What the example prints when it is run in the directory ``cwd``."""
-    inherited = os.environ.get("PYTHONPATH")
-    path = os.pathsep.join([str(ROOT), *([inherited] if inherited else [])])
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / example), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_program(ROOT / "examples" / example, *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr.lower(), done.stderr  # nothing but progress bars
     return done.stdout

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import run_on_two_ranks, weights
+from helpers import weights
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
 from lightning.fabric.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD, AdamW, Optimizer
@@ -223,50 +223,37 @@ def test_a_resumed_fabric_run_takes_the_steps_of_an_uninterrupted_one(algorithm,
     assert_equal(resumed, whole)
 
 
-def work(rank: int, folder: str) -> None:
-    """Every run of one rank; the other rank does the same."""
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)  # tells Fabric that the processes have been started
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-
-    def run(strategy: str, name: str, **kwargs: Any) -> None:
-        fabric = Fabric(accelerator="cpu", devices=2, strategy=STRATEGIES[strategy]())
-        fabric.launch()
-        torch.save(train(fabric, **kwargs), f"{folder}/{strategy}-{name}-{rank}.pt")
-
-    for strategy in STRATEGIES:
-        for name, case in CASES.items():
-            run(strategy, name, **case)
-        run(strategy, "half", stop=5, save=Path(folder, f"{strategy}.ckpt"))
-        run(strategy, "resumed", start=5, load=Path(folder, f"{strategy}.ckpt"))
-    fabric = Fabric(accelerator="cpu", devices=2, strategy=FSDP1())
+def on_two(strategy: str, **kwargs: Any) -> dict[str, Any]:
+    """Train as one of two ranks."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=(STRATEGIES | {"FSDP1": FSDP1})[strategy]())
     fabric.launch()
-    try:
-        train(fabric)
-    except ValueError as error:
-        Path(folder, f"refused-{rank}").write_text(str(error))
-    distributed.destroy_process_group()
+    return train(fabric, **kwargs)
+
+
+def interrupted(strategy: str, path: Path) -> list[dict[str, Any]]:
+    return [on_two(strategy, stop=5, save=path), on_two(strategy, start=5, load=path)]
+
+
+def refused() -> str:
+    with pytest.raises(ValueError, match="Shard with") as error:
+        on_two("FSDP1")
+    return str(error.value)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the two ranks have left what they saw."""
-    folder = tmp_path_factory.mktemp("fabric")
-    run_on_two_ranks(work, str(folder))
-    return folder
-
-
-@pytest.fixture
-def ranks(folder):
+def ranks(two_ranks, tmp_path_factory):
     """What the two ranks saw in a run."""
-    return lambda strategy, name: [torch.load(folder / f"{strategy}-{name}-{rank}.pt") for rank in range(2)]
+    folder = tmp_path_factory.mktemp("fabric")
+    runs = {f"{name} {case}": partial(on_two, name, **CASES[case]) for name in STRATEGIES for case in CASES}
+    runs |= {f"{name} interrupted": partial(interrupted, name, folder / f"{name}.ckpt") for name in STRATEGIES}
+    return two_ranks.start(runs | {"FSDP1": refused})
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_of_fabric_decide_alike_and_as_one_on_the_joint_batches(strategy, case, ranks):
-    first, second = ranks(strategy, case)
+    first, second = ranks(f"{strategy} {case}")
     assert len(first["steps"]) == (4 if case == "accumulation" else STEPS)
     assert first["steps"][-1, -1] == (case == "a NaN on one rank")
     assert_equal(first, second)
@@ -278,13 +265,11 @@ def test_two_processes_of_fabric_decide_alike_and_as_one_on_the_joint_batches(st
 @pytest.mark.distributed
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_resumed_processes_of_fabric_take_the_steps_of_uninterrupted_ones(strategy, ranks):
-    runs = (ranks(strategy, name) for name in ("norm", "half", "resumed"))
-    for whole, half, resumed in zip(*runs, strict=True):
+    for whole, (half, resumed) in zip(ranks(f"{strategy} norm"), ranks(f"{strategy} interrupted"), strict=True):
         resumed["steps"] = torch.cat((half["steps"], resumed["steps"]))
         assert_equal(resumed, whole)
 
 
 @pytest.mark.distributed
-def test_fsdp1_without_its_shards_is_refused_rather_than_clipped_at_two_thresholds(folder):
-    for rank in range(2):
-        assert "Shard with `fully_shard` (FSDP2)" in (folder / f"refused-{rank}").read_text()
+def test_fsdp1_without_its_shards_is_refused_rather_than_clipped_at_two_thresholds(ranks):
+    assert ["Shard with `fully_shard` (FSDP2)" in refusal for refusal in ranks("FSDP1")] == [True, True]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from functools import cache, partial
 
 import pytest
 import torch
-from helpers import Batches, Net, run_on_two_ranks, trainer
+from helpers import Batches, Net, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from test_groups import KEYS, LAYERS, Watch, autoclip, records
@@ -53,39 +52,43 @@ def train(net=Net, strategy="auto", algorithm="norm", groups=BIASES):
     return {"steps": watch.steps, "records": records(callback), "names": names, "reductions": reductions}
 
 
-def work(rank, folder, flat):
-    """Every run of one rank, of FSDP1 or of the other strategies; the other rank does the same."""
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)  # tells Lightning that the processes have been started
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store-{flat}", rank=rank, world_size=2)
+def counting_reductions(*args, **kwargs):
     all_reduce = distributed.all_reduce
 
     def counted(*args, **kwargs):
         REDUCTIONS.append("all_reduce")
         return all_reduce(*args, **kwargs)
 
-    distributed.all_reduce = counted
-    for run, (name, algorithm) in RUNS.items():
-        if (name == FSDP1) == flat:
-            net, strategy = (Net, DDPStrategy) if name == "DDP" else STRATEGIES[name]
-            torch.save(train(net, strategy(), algorithm), f"{folder}/{run}-{rank}.pt")
-    if not flat:
-        torch.save(train(Frozen, STRATEGIES["FSDP2"][1](), groups=LAYERS), f"{folder}/frozen-{rank}.pt")
-    distributed.destroy_process_group()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "all_reduce", counted)
+        return train(*args, **kwargs)
+
+
+def on_two(run):
+    """A run as one of two ranks."""
+    name, algorithm = RUNS[run]
+    net, strategy = (Net, DDPStrategy) if name == "DDP" else STRATEGIES[name]
+    return counting_reductions(net, strategy(), algorithm)
+
+
+def frozen():
+    return counting_reductions(Frozen, STRATEGIES["FSDP2"][1](), groups=LAYERS)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(two_ranks):
     """What the two ranks saw in a run."""
-    folder = tmp_path_factory.mktemp("groups")
-    for flat in (False, True):
-        run_on_two_ranks(work, str(folder), flat)
-    return lambda name: [torch.load(Path(folder, f"{name}-{rank}.pt")) for rank in range(2)]
+    return two_ranks.start({run: partial(on_two, run) for run in RUNS} | {"frozen": frozen})
+
+
+@cache
+def on_one(algorithm):
+    return train(algorithm=algorithm)
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_decide_alike_and_as_one_on_the_same_global_batches(run, ranks):
-    (first, second), one = ranks(run), train(algorithm=RUNS[run][1])
+    (first, second), one = ranks(run), on_one(RUNS[run][1])
     assert repr(first) == repr(second)
     assert first["names"] == one["names"] == [["net.0.weight", "net.2.weight"], ["net.0.bias", "net.2.bias"]]
     assert len(first["steps"]) == len(one["steps"]) == 20

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import astuple
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from helpers import Batches, Net, run_on_two_ranks, trainer
+from helpers import Batches, Net, trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from test_ddp import UNUSED, Unused
 from test_sharded import STRATEGIES as SHARDED
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD
 
@@ -47,6 +46,7 @@ for name in ("FSDP2", "tensor parallel", FSDP1, "FSDP1 NO_SHARD original", "FSDP
     RUNS[f"{name} by value"] = (*SHARDED[name], {"algorithm": "value"})
     RUNS[f"{name} nan"] = (*SHARDED[name], {"factors": ONE_NAN})
 RESUMED = ("DDP", "FSDP2", FSDP1)
+SPOILED = ("FSDP2", FSDP1)
 
 
 class Spoil(Callback):
@@ -114,36 +114,24 @@ def train(
     }
 
 
-def work(rank: int, folder: str, flat: bool) -> None:
-    """Every run of one rank, of FSDP1 or of the other strategies; the other rank does the same."""
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)  # tells Lightning that the processes have been started
-    store = f"file://{folder}/store-{flat}"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def on_two(name: str, **kwargs: Any) -> dict[str, Any]:
+    """A run as one of two ranks."""
+    net, strategy, options = RUNS[name]
+    return train(net, strategy(), **options, **kwargs)
 
-    def keep(name: str, result: dict[str, Any]) -> None:
-        torch.save(result, f"{folder}/{name}-{rank}.pt")
 
-    for name, (net, strategy, options) in RUNS.items():
-        if name.startswith("FSDP1") == flat:
-            keep(name, train(net, strategy(), **options))
-    for name in RESUMED:
-        if name.startswith("FSDP1") == flat:
-            net, strategy, _ = RUNS[name]
-            path = Path(folder, f"{name}.ckpt")
-            keep(f"{name} interrupted", train(net, strategy(), epochs=1, save=path))
-            keep(f"{name} resumed", train(net, strategy(), ckpt=path))
-            keep(f"{name} spoiled", train(net, strategy(), spoils=True))
-    distributed.destroy_process_group()
+def resumed(name: str, path: Any) -> dict[str, Any]:
+    on_two(name, epochs=1, save=path)
+    return on_two(name, ckpt=path)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def ranks(two_ranks: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the two ranks told of a run."""
     folder = tmp_path_factory.mktemp("layers")
-    for flat in (False, True):
-        run_on_two_ranks(work, str(folder), flat)
-    return lambda name: [torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
+    runs: dict[str, Any] = {name: partial(on_two, name) for name in RUNS}
+    runs |= {f"{name} resumed": partial(resumed, name, folder / f"{name}.ckpt") for name in RESUMED}
+    return two_ranks.start(runs | {f"{name} spoiled": partial(on_two, name, spoils=True) for name in SPOILED})
 
 
 def close(expected: Any) -> Any:
@@ -189,7 +177,7 @@ def test_a_layer_that_nothing_uses_and_one_that_a_rank_does_not_use_have_their_s
     assert shares["odd.weight"] > 0
 
 
-@pytest.mark.parametrize("name", ["FSDP2", FSDP1])
+@pytest.mark.parametrize("name", SPOILED)
 def test_a_parameter_that_is_not_finite_on_one_rank_is_named_by_both(name: str, ranks: Any) -> None:
     for told in ranks(f"{name} spoiled"):
         (spike,) = (row for row in told["spikes"] if not math.isfinite(row["norm"]))
@@ -199,7 +187,7 @@ def test_a_parameter_that_is_not_finite_on_one_rank_is_named_by_both(name: str, 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_tells_the_same_as_an_uninterrupted_one(name: str, ranks: Any) -> None:
-    for whole, resumed in zip(ranks(name), ranks(f"{name} resumed"), strict=True):
+    for whole, gone_on in zip(ranks(name), ranks(f"{name} resumed"), strict=True):
         for key in ("spikes", "shares"):
-            assert repr(resumed[key]) == repr(whole[key])
-        assert Tensor.equal(torch.tensor(resumed["bins"]).nan_to_num(), torch.tensor(whole["bins"]).nan_to_num())
+            assert repr(gone_on[key]) == repr(whole[key])
+        assert Tensor.equal(torch.tensor(gone_on["bins"]).nan_to_num(), torch.tensor(whole["bins"]).nan_to_num())

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
+from processes import ROOT, run_program
 
-sys.path.append(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+sys.path.append(str(ROOT / "examples" / "benchmarks"))
 from operations import RULES, of_rule, of_torch
 
-ROOT = Path(__file__).parents[1]
 RECORDED = json.loads((ROOT / "docs" / "overhead.json").read_text())
 PAGE = (ROOT / "docs" / "performance.md").read_text()
 TABLES = [re.sub(r" ·|,|µs", "", line) for line in PAGE.splitlines() if line.startswith("|")]
@@ -42,12 +39,11 @@ def test_each_length_of_the_record_shows_its_recorded_figures(length):
 def test_the_benchmark_runs(tmp_path):
     """Its quick form, without the two packages that `make bench` installs beside it."""
     script = ROOT / "examples" / "benchmarks" / "overhead.py"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(script), "--quick", "--out", str(tmp_path)]
-    printed = subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
+    done = run_program(script, "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "overhead.json").read_text())
     rules = {row["rule"]: row for row in result["rules"]}
-    assert all(rule in printed for rule in rules)
+    assert all(rule in done.stdout for rule in rules)
     assert rules["no clipping"]["added_us"] == 0
     assert rules["hand-written AutoClip, p50"]["allocated_bytes"] > 0
     assert {"ours, norm, p10", "ours, value, p90", "Lightning, norm", "Lightning, value"} <= set(rules)

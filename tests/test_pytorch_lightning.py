@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import lightning.pytorch
@@ -16,13 +14,13 @@ import torch
 import yaml
 from helpers import dataset, weights
 from lightning_utilities.core.imports import RequirementCache
+from processes import run_program
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader
 
 from lightning_autoclip import AutoClip, GradientClipping, ZScore
 
-ROOT = Path(__file__).parents[1]
 OURS = {"norm": {}, "value": {"gradient_clip_algorithm": "value"}}
 
 
@@ -152,17 +150,10 @@ SHORT = [
 ]
 
 
-def call(*arguments: str, imports: str = "", body: str = "", defaults: str = "{}") -> subprocess.CompletedProcess[str]:
+def call(*arguments: str, imports: str = "", body: str = "", defaults: str = "{}") -> CompletedProcess[str]:
     """Run a program with the other package's LightningCLI in the current directory."""
     Path("program.py").write_text(PROGRAM.format(imports=imports, body=body, defaults=defaults))
-    inherited = os.environ.get("PYTHONPATH")
-    return subprocess.run(
-        [sys.executable, "program.py", "fit", *SHORT, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *([inherited] if inherited else [])])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return run_program(Path("program.py"), "fit", *SHORT, *arguments)
 
 
 def settings() -> dict[str, Any]:
@@ -204,5 +195,5 @@ def test_a_callback_among_the_clis_defaults_clips():
 
 
 def test_nobody_is_made_to_import_the_other_package():
-    code = "import sys, lightning_autoclip; sys.exit('pytorch_lightning' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    Path("program.py").write_text("import sys, lightning_autoclip\nsys.exit('pytorch_lightning' in sys.modules)")
+    assert run_program(Path("program.py")).returncode == 0

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from contextlib import nullcontext
-from pathlib import Path
+from functools import cache, partial
 
 import pytest
 import torch
-from helpers import Batches, Net, assert_bit_equal, run_on_two_ranks, trainer
+from helpers import Batches, Net, assert_bit_equal, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -231,42 +230,34 @@ def one_shard_only():
     return seen
 
 
-def work(rank, folder, flat):
-    """Every run of one rank, of FSDP1 or of the DTensor strategies; the other rank does the same."""
-    torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)  # tells Lightning that the processes have been started
-    store = f"file://{folder}/store-{flat}"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def on_two(name, **kwargs):
+    """Train under a strategy as one of two ranks."""
+    net, strategy = STRATEGIES[name]
+    return train(net, strategy=strategy(), **kwargs)
 
-    def keep(name, result):
-        torch.save(result, f"{folder}/{name}-{rank}.pt")
 
-    def mine(names):
-        return [(name, *STRATEGIES[name]) for name in names if name.startswith("FSDP1") == flat]
+def interrupted(name, path):
+    return [on_two(name, epochs=1, save=path), on_two(name, ckpt=path)]
 
-    for name, net, strategy in mine(STRATEGIES):
-        for algorithm in ALGORITHMS:
-            keep(f"{name} {algorithm}", train(net, algorithm, strategy()))
-    for name, net, strategy in mine(RESUMED):
-        path = Path(folder, f"{name}.ckpt")
-        keep(f"{name} interrupted", train(net, strategy=strategy(), epochs=1, save=path))
-        keep(f"{name} resumed", train(net, strategy=strategy(), ckpt=path))
-    for name, net, strategy in mine(SPOILED):
-        keep(f"{name} spoiled", train(net, strategy=strategy(), spoils=True))
-    if not flat:
-        keep("mixed", train(Mixed, strategy=model_parallel(2, 1)()))
-        keep("mixed optimizers", train(MixedOptimizers, strategy=model_parallel(2, 1)()))
-        keep("one shard only", one_shard_only())
-    distributed.destroy_process_group()
+
+def mixed(net):
+    return train(net, strategy=model_parallel(2, 1)())
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(two_ranks, tmp_path_factory):
     """What the two ranks saw in a run."""
     folder = tmp_path_factory.mktemp("sharded")
-    for flat in (True, False):
-        run_on_two_ranks(work, str(folder), flat)
-    return lambda name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(2)]
+    runs = {f"{name} {algorithm}": partial(on_two, name, algorithm=algorithm) for name, algorithm in CASES}
+    runs |= {f"{name} interrupted": partial(interrupted, name, folder / f"{name}.ckpt") for name in RESUMED}
+    runs |= {f"{name} spoiled": partial(on_two, name, spoils=True) for name in SPOILED}
+    runs |= {"mixed": partial(mixed, Mixed), "mixed optimizers": partial(mixed, MixedOptimizers)}
+    return two_ranks.start(runs | {"one shard only": one_shard_only})
+
+
+@cache
+def on_one(net, algorithm):
+    return train(net, algorithm)
 
 
 @pytest.mark.parametrize(("name", "algorithm"), CASES)
@@ -274,7 +265,7 @@ def test_sharded_training_takes_the_steps_of_one_process(name, algorithm, ranks)
     first, second = ranks(f"{name} {algorithm}")
     assert_bit_equal(first, second)
     assert not first["warnings"]
-    one = train(getattr(STRATEGIES[name][0], "reference", Net), algorithm)
+    one = on_one(getattr(STRATEGIES[name][0], "reference", Net), algorithm)
     torch.testing.assert_close(first["steps"], one["steps"], rtol=1e-5, atol=1e-6)
     assert (one["steps"][:, 2] < 0.9).sum() > 5
     torch.testing.assert_close(first["weights"], one["weights"], rtol=0, atol=1e-6)
@@ -282,8 +273,7 @@ def test_sharded_training_takes_the_steps_of_one_process(name, algorithm, ranks)
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_takes_the_same_steps_as_an_uninterrupted_one(name, ranks):
-    runs = zip(ranks(f"{name} norm"), ranks(f"{name} interrupted"), ranks(f"{name} resumed"), strict=True)
-    for whole, first, second in runs:
+    for whole, (first, second) in zip(ranks(f"{name} norm"), ranks(f"{name} interrupted"), strict=True):
         second["steps"] = torch.cat((first["steps"], second["steps"]))
         assert_bit_equal(whole, second)
         for key, value in whole["weights"].items():

@@ -1,0 +1,163 @@
+"""Two processes of one process group, which work on the runs that tests hand to them.
+
+They rendezvous over a file in a test's folder, so that two runs of the tests on one machine cannot meet. A process that
+is through leaves by ``os._exit``: gloo's threads, which DTensors keep alive beyond the process group, may otherwise run
+into the interpreter's finalisation and abort it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from processes import SERVER, TIME_LIMIT
+from torch import distributed
+
+GRACE = 60.0  # seconds in which a rank tells what became of it when the other one has failed
+
+
+def join_group(rank: int, store: Path) -> None:
+    """Make this process one of two of a gloo group."""
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+
+def leave(code: int = 0) -> NoReturn:
+    """End this process; one that has not failed waits for the other and leaves no group behind."""
+    if code == 0:
+        distributed.barrier()
+        distributed.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _work(rank: int, store: Path, runs: Connection) -> NoReturn:
+    """What a process does: each run that it is told of, until it is told of none or one fails."""
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # tells Lightning that the processes have been started
+    os.chdir(store.parent)
+    try:
+        join_group(rank, store)
+        while (run := runs.recv()) is not None:
+            function, path = run
+            torch.save(function(), f"{path}-{rank}.pt")
+            runs.send(None)
+        leave()
+    except EOFError:  # the tests are over, whatever ended them
+        leave(1)
+    except BaseException:
+        runs.send(traceback.format_exc())
+        leave(1)
+
+
+class TwoRanks:
+    """Two processes that work on the runs of all test files, one after the other; they start at the first run.
+
+    A run is a function without arguments that pickles; both ranks call it. If one fails, dies or deadlocks, the others
+    go on in two new processes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs: dict[Path, Callable[[], Any]] = {}  # not through yet, in order
+        self.failures: dict[Path, str] = {}
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._pairs = self._tables = 0
+
+    def start(self, table: Mapping[str, Callable[[], Any]]) -> Callable[[str], list[Any]]:
+        """Start on the runs of a table; the answer gives what the two ranks returned from the one that is named."""
+        self._tables += 1
+        paths = {name: self.folder / f"{self._tables}-{number}" for number, name in enumerate(table)}
+        for name, run in table.items():
+            self.runs[paths[name]] = run
+            if self._processes:
+                self._tell(paths[name])
+        if not self._processes:
+            self._start_processes()
+
+        def results(name: str) -> list[Any]:
+            path = paths[name]
+            while path in self.runs:
+                self._wait_for_the_next()
+            if path in self.failures:
+                raise RuntimeError(f"The run {name!r} failed. {self.failures[path]}")
+            return [torch.load(f"{path}-{rank}.pt", weights_only=True) for rank in range(2)]
+
+        return results
+
+    def close(self) -> list[int | None]:
+        """End the processes, at once if there is something left to do; return their exit codes."""
+        if not self._processes:
+            return []
+        if self.runs:
+            self._kill()
+            return []
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(TIME_LIMIT)
+        codes = [process.exitcode for process in self._processes]
+        self._kill()
+        return codes
+
+    def _start_processes(self) -> None:
+        self._pairs += 1
+        for rank in range(2):
+            ours, theirs = SERVER.Pipe()
+            arguments = rank, self.folder / f"store-{self._pairs}", theirs
+            process = SERVER.Process(target=_work, args=arguments, daemon=True)
+            process.start()
+            theirs.close()  # so that the end of the process is the end of the pipe
+            self._processes.append(process)
+            self._pipes.append(ours)
+        for path in self.runs:
+            self._tell(path)
+
+    def _tell(self, path: Path) -> None:
+        for pipe in self._pipes:
+            with suppress(ConnectionError):  # the process has died, of which the reader of the pipe tells
+                pipe.send((self.runs[path], path))
+
+    def _wait_for_the_next(self) -> None:
+        """Wait for both ranks to be through with the run that is their next."""
+        path, waiting, told = next(iter(self.runs)), dict(zip(self._pipes, range(2), strict=True)), {}
+        while waiting:
+            ready = wait(list(waiting), GRACE if told else TIME_LIMIT)
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                if (problem := self._read(pipe, rank)) is not None:
+                    told[rank] = problem
+            if not ready:
+                told |= dict.fromkeys(waiting.values(), f"is not through after {TIME_LIMIT} s: a deadlock?")
+                break
+        del self.runs[path]
+        if told:
+            self.failures[path] = "\n".join(f"Rank {rank} {problem}" for rank, problem in sorted(told.items()))
+            self._kill()
+            if self.runs:
+                self._start_processes()
+
+    def _read(self, pipe: Connection, rank: int) -> str | None:
+        """What went wrong in the process that has something to say, if anything did."""
+        try:
+            problem = pipe.recv()
+        except (EOFError, ConnectionError):
+            self._processes[rank].join(GRACE)
+            return f"died with exit code {self._processes[rank].exitcode}."
+        return problem and f"raised\n{problem}"
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
