@@ -83,7 +83,7 @@ def positions_by_group(optimizer: Any, group_of: Mapping[int, str] | None) -> di
         ValueError: Two groups of the optimizer have the same name, or one a name that cannot be part of a key.
     """
     found: dict[str, list[int]] = {}
-    position = 0
+    seen: set[int] = set()  # a parameter that is listed twice stands where it stands first
     for number, param_group in enumerate(optimizer.param_groups, 1):
         name = str(param_group.get("name") or f"pg{number}")
         if group_of is None and (name == "step" or not _fits_a_key(name)):
@@ -92,7 +92,8 @@ def positions_by_group(optimizer: Any, group_of: Mapping[int, str] | None) -> di
             )
         if group_of is None and name in found:
             raise ValueError(f"Expected the optimizer's groups to have different names, but two are called {name!r}.")
-        for parameter in param_group["params"]:
-            found.setdefault(name if group_of is None else group_of.get(id(parameter), REST), []).append(position)
-            position += 1
+        for key in map(id, param_group["params"]):
+            if key not in seen:
+                found.setdefault(name if group_of is None else group_of.get(key, REST), []).append(len(seen))
+                seen.add(key)
     return found

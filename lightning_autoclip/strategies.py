@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -10,12 +11,14 @@ import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import LBFGS
 
 from lightning_autoclip.clipping._numbers import Number
+from lightning_autoclip.clipping.clipper import GradientClipper, StepRecord, clip_together_
 from lightning_autoclip.clipping.gradients import Shard
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.plugins import Precision
     from lightning.pytorch.strategies import Strategy
     from torch.amp.grad_scaler import GradScaler
@@ -32,6 +35,52 @@ _GRADIENTS = {
     "SingleDeviceXLAStrategy": "refused",
     "XLAStrategy": "refused",
 }
+
+
+Parts = Sequence[tuple[GradientClipper, Sequence[int] | None]]
+"""Clippers with the positions of their parameters, as in :func:`clip_together_`."""
+
+
+def check_trainer(
+    trainer: Trainer, pl_module: LightningModule, name: str, of_kind: type[Callback], gradient_clip_algorithm: str
+) -> None:
+    """Refuse, at the start of a fit, what would clip twice or wrongly.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: Its module.
+        name: What the callback is called.
+        of_kind: The class of all clipping callbacks.
+        gradient_clip_algorithm: Of the callback.
+
+    Raises:
+        MisconfigurationException: Something else clips too, or the strategy is not supported.
+    """
+    if trainer.gradient_clip_algorithm is not None:
+        raise MisconfigurationException(
+            f"`Trainer(gradient_clip_algorithm={str(trainer.gradient_clip_algorithm)!r})` has no effect on `{name}`."
+            " Remove it there, and give `gradient_clip_algorithm` to the callback."
+        )
+    if trainer.gradient_clip_val:
+        raise MisconfigurationException(
+            f"`Trainer(gradient_clip_val={trainer.gradient_clip_val})` and `{name}` would both clip. Remove"
+            " `gradient_clip_val` (`GradientClipping(Constant(...))` clips at a fixed threshold). If it is not yours, a"
+            " package, its model or its tuner has set it: set `trainer.gradient_clip_val = None` before `fit`, or in"
+            " `setup` of a callback that stands before this one."
+        )
+    if sum(isinstance(other, of_kind) for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            "The Trainer has several clipping callbacks, and each would record what the one before it has clipped."
+            " Keep one; several optimizers need only one."
+        )
+    hook = pl_module.configure_gradient_clipping
+    if pl_module.automatic_optimization and not hook.__module__.startswith(("lightning.", "pytorch_lightning.")):
+        raise MisconfigurationException(
+            f"`{type(pl_module).__name__}.configure_gradient_clipping` is overridden and would clip what `{name}` has"
+            " clipped. Remove the override or the callback."
+        )
+    check_strategy(trainer.strategy, gradient_clip_algorithm)
+    check_precision(trainer.precision_plugin)
 
 
 def _kind(strategy: Strategy) -> str:
@@ -57,6 +106,30 @@ def check_strategy(strategy: Strategy, gradient_clip_algorithm: str) -> None:
             f"Under `{name}` the engine holds the gradients and clips them by norm only. Use"
             ' `gradient_clip_algorithm="norm"`, or another strategy.'
         )
+
+
+class InPlace:
+    """Gradients that stand where they are measured and clipped, whole or in parts.
+
+    Args:
+        shards: What this rank holds of each parameter's gradient, where nothing on the gradient tells it. ``None``
+            where every rank holds whole gradients; empty where DTensors tell their shards themselves, and every rank
+            must take part in the sum, also for an optimizer that holds none of them.
+    """
+
+    def __init__(self, shards: dict[Tensor, Shard] | None) -> None:
+        self._shards = shards
+
+    def is_at_a_step(self) -> bool:
+        """Whether gradients are complete: Lightning calls the hook at no other time."""
+        return True
+
+    def clip(self, parts: Parts, optimizer: Any, scaler: GradScaler | None) -> list[StepRecord | None]:
+        """Measure, record, decide and clip, as :func:`clip_together_`."""
+        return clip_together_(parts, optimizer, scaler, self._shards)
+
+    def release(self) -> None:
+        """Nothing is kept from step to step."""
 
 
 class ZeroEngine:
@@ -92,6 +165,13 @@ class ZeroEngine:
         """Whether gradients are complete; DeepSpeed has Lightning call the hook after every micro-batch."""
         return bool(self.engine.is_gradient_accumulation_boundary())
 
+    def clip(self, parts: Parts, optimizer: Any, scaler: GradScaler | None) -> list[StepRecord | None]:
+        """Record and decide, and have the engine clip."""
+        ((clipper, _),) = parts
+        record = clipper.record_(self.norm(), self.optimizer.loss_scale)
+        self.clip_at(record.threshold)
+        return [record]
+
     def norm(self) -> Tensor:
         """L2 norm of the whole gradient at its true scale: shape ``()``, equal on every rank, NaN if not finite."""
         if hasattr(self.optimizer, "_get_norm_groups"):  # ZeRO 3
@@ -113,23 +193,34 @@ class ZeroEngine:
         self.optimizer.clip_grad = 0.0
 
 
-def zero_engine(trainer: Trainer, skips: bool) -> ZeroEngine | None:
-    """The engine that steps in the optimizer's place, if the strategy has one."""
-    return ZeroEngine(trainer, skips) if _kind(trainer.strategy) == "in an engine" else None
+def clipping_under(trainer: Trainer, has_groups: bool, skips: bool) -> InPlace | ZeroEngine:
+    """How gradients are clipped under the strategy and with the optimizers of a fit that begins.
 
+    Args:
+        trainer: The Trainer.
+        has_groups: Whether groups of parameters are clipped apart.
+        skips: As in `ZeroEngine`.
 
-def gradient_shards(trainer: Trainer) -> dict[Tensor, Shard] | None:
-    """What this rank holds of each parameter's gradient, where nothing on the gradient tells it.
-
-    ``None`` where every rank holds whole gradients; empty where DTensors tell their shards themselves, and every rank
-    must take part in the sum, also for an optimizer that holds none of them.
+    Raises:
+        MisconfigurationException: They cannot be.
     """
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise MisconfigurationException(
+            "LBFGS computes its gradients several times per step and searches along them; clipping them breaks the"
+            " search. Remove the clipping callback or use another optimizer."
+        )
     kind, strategy = _kind(trainer.strategy), trainer.strategy
+    if kind == "in an engine":
+        if has_groups:
+            raise MisconfigurationException(
+                "DeepSpeed measures and clips the whole gradient, so it has no `groups`. Remove them, or use FSDP."
+            )
+        return ZeroEngine(trainer, skips)
     if kind == "flat shards":
         assert strategy.model is not None
-        return _fsdp_shards(strategy.model)
+        return InPlace(_fsdp_shards(strategy.model))
     if kind != "dtensors":
-        return None
+        return InPlace(None)
     plain = any(not hasattr(parameter, "placements") for parameter in trainer.lightning_module.parameters())
     if plain and strategy.device_mesh["data_parallel"].size() > 1:  # type: ignore[attr-defined]
         rank_zero_warn(
@@ -137,7 +228,7 @@ def gradient_shards(trainer: Trainer) -> dict[Tensor, Shard] | None:
             " data-parallel ranks, so the ranks drift apart; their mean square counts towards the norm. Shard or"
             " replicate them in `configure_model`."
         )
-    return {}
+    return InPlace({})
 
 
 def _fsdp_shards(root: nn.Module) -> dict[Tensor, Shard]:
@@ -185,5 +276,15 @@ def check_precision(plugin: Precision) -> None:
 
 
 def grad_scaler(trainer: Trainer) -> GradScaler | None:
-    """The loss scaler of ``precision="16-mixed"``; ``None`` for every other precision."""
-    return getattr(trainer.precision_plugin, "scaler", None)
+    """The loss scaler of ``precision="16-mixed"``; ``None`` for every other precision, and where it is disabled."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def parameter_names(pl_module: LightningModule) -> list[tuple[int, str]]:
+    """The ids of parameters with their names as the user wrote them, without what wrappers put in between."""
+    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    return [
+        (id(parameter), ".".join(part for part in name.split(".") if part not in wrappers))
+        for name, parameter in pl_module.named_parameters(remove_duplicate=False)
+    ]

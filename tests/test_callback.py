@@ -351,7 +351,7 @@ def test_a_fit_that_steps_past_the_callback_ends_with_a_warning():
             first.step()
             second.optimizer.step()
 
-    with pytest.warns(UserWarning, match=r"saw no step of `SGD` in this fit.*not `optimizer\.optimizer\.step\(\)`"):
+    with pytest.warns(UserWarning, match=r"saw none of the 16 steps of `SGD`.*not `optimizer\.optimizer\.step\(\)`"):
         trainer(AutoClip()).fit(Raw(), loader())
 
 

@@ -167,7 +167,7 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_holds_the_norms_recorded_so_far(
     with pytest.raises(ZeroDivisionError):
         fit(Net(), AutoClip(), watch, checkpoints, OnExceptionCheckpoint(tmp_path, "exception"))
     for name, step in {"step=3": 3, "step=6": 6, "exception": 7}.items():
-        history = load(tmp_path / f"{name}.ckpt")["callbacks"][KEY]["optimizers"][0]["history"]
+        history = load(tmp_path / f"{name}.ckpt")["callbacks"][KEY]["scopes"]["autoclip/"]["clipper"]["history"]
         assert history["values"].tolist() == watch.norms[:step]
         assert int(history["count"]) == step
 
@@ -187,7 +187,7 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_holds_the_norms_recorded_so_far(
     ids=["percentile", "policy", "smaller", "larger", "larger-after-warm-up", "full-history", "nonfinite", "maximum"],
 )
 def test_resuming_with_another_setting_keeps_the_norms_and_warns(resumed, oracle, was, now, interrupted):
-    kept = load(interrupted)["callbacks"][KEY]["optimizers"][0]["history"]["values"].tolist()
+    kept = load(interrupted)["callbacks"][KEY]["scopes"]["autoclip/"]["clipper"]["history"]["values"].tolist()
     watch, window = Watch(), resumed.settings["window"] or 99
     with pytest.warns(UserWarning, match=f"The checkpoint was written with .*{was}.*; this run goes on with .*{now}"):
         fit(Net(), resumed, watch, epochs=2, ckpt=interrupted)
@@ -254,13 +254,20 @@ def test_evaluating_an_older_checkpoint_leaves_the_record_alone(stage, interrupt
     assert record(callback)[0][1] == 30
 
 
-ONES, HISTORY = torch.ones(7), "optimizers.0.history"
+ONES, CLIPPER = torch.ones(7), "scopes.autoclip/.clipper"
+HISTORY = f"{CLIPPER}.history"
 DAMAGES = {
     "": [{}, [1], "state", {"wait_count": 0, "best_score": 1.0}],
     "settings": [None, {}, []],
-    "optimizers": [None, [], {}],
-    "optimizers.0": [None, {}, [1]],
-    "optimizers.0.nonfinite_total": [-1, 1.0, None, "1"],
+    "settings.groups": [1, {"a": "*"}],
+    "has_scaler": [None, 1, "no", torch.tensor(True)],
+    "several_policies": [None, 0],
+    "scopes": [None, [], {}, [1], "autoclip/", {"autoclip/": None}],
+    "scopes.autoclip/": [None, {}, [1]],
+    "scopes.autoclip/.trace": [None, {}, [1]],
+    CLIPPER: [None, {}, [1]],
+    f"{CLIPPER}.steps": [-1, 1.0, None, "1", True],
+    f"{CLIPPER}.nonfinite_total": [-1, 1.0, None, "1"],
     HISTORY: [None, {}, {"values": ONES}, {"count": 10}, {"mean_value": ONES, "weight": ONES}],
     f"{HISTORY}.unknown": [ONES],
     f"{HISTORY}.values": [None, [1.0], ONES.double(), ONES[None], ONES * math.nan, ONES * math.inf],
@@ -274,18 +281,36 @@ def test_a_damaged_or_foreign_state_is_refused(entry, value, interrupted):
     *path, last = f".{entry}".rstrip(".").split(".")
     parent = state
     for key in path:
-        parent = parent[int(key) if key.isdigit() else key]
-    parent[int(last) if last.isdigit() else last] = value
-    with pytest.raises(ValueError, match=r"damaged|not written by it|`nonfinite_total`"):
+        parent = parent[key]
+    parent[last] = value
+    with pytest.raises(ValueError, match=r"damaged|not written by it|records were made with groups="):
         callback.load_state_dict(state[""])
+    assert not callback.clippers
+
+
+@pytest.mark.parametrize(
+    "entry", ["settings", "has_scaler", "several_policies", "scopes", "scopes.autoclip/.trace", f"{CLIPPER}.steps"]
+)
+def test_a_state_without_an_entry_is_damaged(entry, interrupted):
+    callback, state = AutoClip(10, window=7), load(interrupted)["callbacks"][KEY]
+    *path, last = entry.split(".")
+    parent = state
+    for key in path:
+        parent = parent[key]
+    del parent[last]
+    with pytest.raises(ValueError, match="damaged or not"):
+        callback.load_state_dict(state)
     assert not callback.clippers
 
 
 def test_the_records_of_another_number_of_optimizers_are_refused(interrupted, tmp_path):
     checkpoint = load(interrupted)
-    checkpoint["callbacks"][KEY]["optimizers"] *= 2
+    scopes = checkpoint["callbacks"][KEY]["scopes"]
+    checkpoint["callbacks"][KEY]["scopes"] = {f"autoclip/{i}/": scopes["autoclip/"] for i in range(2)}
     torch.save(checkpoint, tmp_path / "two.ckpt")
-    with pytest.raises(MisconfigurationException, match=r"holds 2 records .*, but this run needs 1"):
+    with pytest.raises(
+        MisconfigurationException, match=r"holds the records autoclip/0/, autoclip/1/, but this run needs autoclip/\."
+    ):
         fit(Net(), AutoClip(10, window=7), epochs=2, ckpt=tmp_path / "two.ckpt")
 
 

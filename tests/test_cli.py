@@ -54,7 +54,7 @@ def test_a_config_file_sets_the_callback_up_and_a_run_goes_on_from_its_checkpoin
     (last,) = Path().glob("**/last.ckpt")
     resumed = ["--trainer.callbacks.percentile=25", "--trainer.max_epochs=3", "--ckpt_path", last]
     whole = fit(*AUTOCLIP, *resumed)
-    (first,), (second,) = state_of(half)["optimizers"], state_of(whole)["optimizers"]
+    first, second = (state_of(checkpoint)["scopes"]["autoclip/"]["clipper"] for checkpoint in (half, whole))
     assert (first["steps"], second["steps"]) == (20, 30)
     assert torch.equal(second["history"]["values"][:20], first["history"]["values"])
 

@@ -419,7 +419,7 @@ def test_records_of_groups_that_the_optimizer_does_not_have_are_refused():
     first, second = autoclip("param_groups"), autoclip("param_groups")
     fit(in_param_groups("x", "y"), first)
     second.load_state_dict(first.state_dict())  # by hand: a checkpoint's optimizer has the names that it was saved with
-    with pytest.raises(MisconfigurationException, match=r"holds 2 records \(autoclip/x/, autoclip/y/\), but this run"):
+    with pytest.raises(MisconfigurationException, match="holds the records autoclip/x/, autoclip/y/, but this run"):
         fit(in_param_groups("x", "z"), second)
 
 

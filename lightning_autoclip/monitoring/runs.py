@@ -85,8 +85,11 @@ def _of_checkpoint(path: Path) -> RecordedRun:
             f"{path} was written without `AutoClip` or `GradientClipping`: it has no state under {STATE_KEY!r}."
         )
     try:
-        traces = {prefix: Trace.from_state(trace) for prefix, trace in state["traces"].items()}
-        histories = [optimizer["history"]["values"].tolist() for optimizer in state["optimizers"]]
+        traces = {prefix: Trace.from_state(scope["trace"]) for prefix, scope in state["scopes"].items()}
+        norms = {
+            prefix: _exact(traces[prefix], scope["clipper"]["history"]["values"].tolist())
+            for prefix, scope in state["scopes"].items()
+        }
         settings, has_scaler = dict(state["settings"]), bool(state["has_scaler"])
         if not traces or not is_settings(settings):
             raise KeyError("settings")
@@ -94,9 +97,6 @@ def _of_checkpoint(path: Path) -> RecordedRun:
             settings["policy"] = {"name": "several"}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The state of {STATE_KEY!r} in {path} is damaged: {error!r}.") from error
-    norms = {
-        prefix: _exact(trace, history) for (prefix, trace), history in zip(traces.items(), histories, strict=False)
-    }
     return RecordedRun(traces, norms, f"checkpoint {path.name}", settings, has_scaler)
 
 

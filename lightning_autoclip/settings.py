@@ -1,0 +1,94 @@
+"""The arguments that decide what a step does: checked once, compared at a resume, shown to loggers and report."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lightning_autoclip.clipping.clipper import GradientClipper
+from lightning_autoclip.clipping.policies import Policy
+from lightning_autoclip.groups import check_groups
+from lightning_autoclip.monitoring.runs import STATE_KEY
+
+
+class Settings:
+    """How every optimizer and every group of a run is clipped.
+
+    Args:
+        policy: As in `GradientClipping`, as the following.
+        groups: Groups of parameters with a record of their own.
+        arguments: The keyword arguments of `GradientClipper`.
+
+    Attributes:
+        several_policies: Whether the run has had others before.
+        has_scaler: Whether a loss scaler is at work, which finds its scale by overflows.
+        has_engine: Whether an engine steps in the optimizer's place.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(self, policy: Policy, groups: Any, **arguments: Any) -> None:
+        self.policy, self.groups = policy, check_groups(groups)
+        self.several_policies = self.has_scaler = self.has_engine = False
+        self.arguments = GradientClipper(policy, **arguments).arguments
+
+    @property
+    def by_value(self) -> bool:
+        """Whether entries are clamped."""
+        return bool(self.arguments["gradient_clip_algorithm"] == "value")
+
+    def new_clipper(self) -> GradientClipper:
+        """A clipper with an empty record."""
+        return GradientClipper(self.policy, **self.arguments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments as plain values."""
+        policy: Any = self.policy
+        known = dataclasses.is_dataclass(policy)
+        fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)} if known else {}
+        return {"policy": {"name": type(policy).__qualname__, **fields}, **self.arguments, "groups": self.groups}
+
+    def of_run(self) -> dict[str, Any]:
+        """Those that hold for every step of the run, resumed ones included."""
+        return self.to_dict() | ({"policy": {"name": "several"}} if self.several_policies else {})
+
+    def compare(self, written: dict[str, Any]) -> str:
+        """Whether a run can go on with a record that was made with other settings.
+
+        Args:
+            written: What :meth:`to_dict` gave then.
+
+        Returns:
+            What has changed, in words; empty if nothing has.
+
+        Raises:
+            KeyError: A setting is missing.
+            ValueError: The record has another unit, or is one of other groups.
+        """
+        changed = {key: value for key, value in self.to_dict().items() if written[key] != value}
+        if "gradient_clip_algorithm" in changed:
+            raise ValueError(
+                f"The checkpoint's record was made with gradient_clip_algorithm={written['gradient_clip_algorithm']!r},"
+                " whose thresholds have another unit. Resume with that algorithm, or delete"
+                f" `checkpoint['callbacks']['{STATE_KEY}']` to start with an empty record."
+            )
+        was, now = (
+            sorted(groups) if isinstance(groups, dict) else groups for groups in (written["groups"], self.groups)
+        )
+        if was != now:
+            raise ValueError(
+                f"The checkpoint's records were made with groups={written['groups']!r}, but this run has"
+                f" groups={self.groups!r}. Resume with those groups, or delete"
+                f" `checkpoint['callbacks']['{STATE_KEY}']` to start with empty records."
+            )
+        if not changed:
+            return ""
+        before = ", ".join(f"{key}={written[key]!r}" for key in changed)
+        after = ", ".join(f"{key}={value!r}" for key, value in changed.items())
+        return f"The checkpoint was written with {before}; this run goes on with {after} on the same record."
+
+    def __repr__(self) -> str:
+        given = self.arguments if self.groups is None else {**self.arguments, "groups": self.groups}
+        return f"{self.policy!r}, " + ", ".join(f"{key}={value!r}" for key, value in given.items())
