@@ -201,7 +201,11 @@ def _of_rows(rows: Iterable[Row], step: str, source: str, settings: dict[str, An
             last, nonfinite = row[step], row[prefix + "nonfinite_total"]
         trace.largest = sorted(trace.largest, key=lambda spike: -spike.point.norm)[:MOST_SPIKES]
         exact = [row[f"{prefix}step/grad_norm"] for row in rows if f"{prefix}step/grad_norm" in row]
-        norms[prefix] = [norm for norm in exact if norm > 0]
+        norms[prefix] = [norm for norm in exact if 0 < norm < math.inf]
+        for norm in norms[prefix]:
+            trace.bins[-1].note_top(norm)
+        for row, steps_of_row in zip(found, trace.bins, strict=True) if not norms[prefix] else ():
+            steps_of_row.note_top(row[prefix + "grad_norm_max"])  # of how many steps, a row does not tell
     if not traces:
         raise ValueError(f"{source} has no rows of `AutoClip` or `GradientClipping` (keys `autoclip/...`).")
     return RecordedRun(source, traces, norms, settings)
