@@ -72,8 +72,8 @@ def test_every_public_name_is_there_and_documented():
 def test_wandb_and_matplotlib_are_optional():
     code = (
         "import sys, lightning.pytorch, torchmetrics;"  # they look for both themselves
-        "sys.modules['wandb'] = sys.modules['matplotlib'] = None;"
-        "from lightning_autoclip import AutoClip; AutoClip()"
+        "sys.modules['wandb'] = sys.modules['wandb_workspaces'] = sys.modules['matplotlib'] = None;"
+        "from lightning_autoclip import AutoClip, create_workspace; AutoClip()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
 
