@@ -7,6 +7,7 @@ from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.clipping.policies import Constant, Percentile, Policy, ZScore
 from lightning_autoclip.clipping.record import History, RunningPercentile
 from lightning_autoclip.monitoring.report import Report
+from lightning_autoclip.monitoring.workspace import create_workspace
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,5 @@ __all__ = [
     "RunningPercentile",
     "StepRecord",
     "ZScore",
+    "create_workspace",
 ]

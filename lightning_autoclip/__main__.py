@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_autoclip.monitoring.plot import plot_of
-from lightning_autoclip.monitoring.report import report_of
 from lightning_autoclip.monitoring.runs import RecordedRun, read_run
 from lightning_autoclip.monitoring.suggest import candidates, table
 
@@ -37,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
-    report = report_of(run.traces, run.settings, run.has_scaler)
+    report = run.report()
     print(json.dumps(report.to_dict(), indent=1) if as_json else f"{run.source}\n{report}")
     if not any(trace.names for trace in run.traces.values()):
         print("Layers and batches are known from checkpoints only: these are logged rows.", file=sys.stderr)
     try:
-        figure = plot_of(run.traces, run.settings)
+        figure = run.plot()
     except ImportError:
         if plot is not None:
             raise ValueError("The plot needs matplotlib, which the extra `plot` installs.") from None
@@ -57,7 +55,7 @@ def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
 
 
 def _suggest(run: RecordedRun) -> None:
-    if not run.has_steps:
+    if not all(run.norms.values()):
         raise ValueError(
             f"Expected the norms of single steps, but {run.source} has rows of many steps. Use a checkpoint, or log"
             " with `log_every_step=True`."

@@ -12,7 +12,7 @@ import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
 _CLIPPING = ["_numbers", "record", "policies", "gradients", "optimizers", "clipper"]
-_MONITORING = ["summary", "trace", "recorder", "report", "plot", "runs", "suggest"]
+_MONITORING = ["summary", "trace", "recorder", "report", "plot", "checkpoints", "runs", "suggest", "live"]
 _LOGGERS = ["wandb", "loggers", "workspace"]
 WITHOUT_LIGHTNING = [
     "_checks",
@@ -21,9 +21,11 @@ WITHOUT_LIGHTNING = [
     "groups",
     "monitoring",
     *(f"monitoring.{room}" for room in _MONITORING),
+    "settings",
     "__main__",
 ]
-_WITH_LIGHTNING = ["strategies", *(f"monitoring.{room}" for room in _LOGGERS), "callback", "autoclip"]
+_LAST = ["scopes", "strategies", "telling", "callback", "autoclip"]
+_WITH_LIGHTNING = [*(f"monitoring.{room}" for room in _LOGGERS), *_LAST]
 ROOMS = [*WITHOUT_LIGHTNING, *_WITH_LIGHTNING, "lightning_autoclip"]
 
 
@@ -71,8 +73,8 @@ def test_every_public_name_is_there_and_documented():
 def test_wandb_and_matplotlib_are_optional():
     Path("program.py").write_text(
         "import sys, lightning.pytorch, torchmetrics\n"  # they look for both themselves
-        "sys.modules['wandb'] = sys.modules['matplotlib'] = None\n"
-        "from lightning_autoclip import AutoClip\nAutoClip()"
+        "sys.modules['wandb'] = sys.modules['wandb_workspaces'] = sys.modules['matplotlib'] = None\n"
+        "from lightning_autoclip import AutoClip, create_workspace\nAutoClip()"
     )
     assert run_program(Path("program.py")).returncode == 0
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
+import venv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,7 +221,7 @@ def test_suggest_shows_what_each_percentile_would_have_clipped(recorded, capsys,
 def test_the_window_counts_in_what_is_suggested():
     norms = np.random.default_rng(0).lognormal(0, 1, 400)
     norms[200:] *= 100
-    by_setting = {(one.percentile, one.window): one for one in candidates(norms.tolist())}
+    by_setting = candidates(norms.tolist())
     for window in (100, None):
         past = [norms[max(0, i + 1 - (window or 400)) : i + 1].astype(np.float32) for i in range(400)]
         coefs = np.minimum(1, [np.percentile(kept, 25) for kept in past] / norms)
@@ -226,9 +229,9 @@ def test_the_window_counts_in_what_is_suggested():
         assert found.clip_coef_mean == pytest.approx(coefs.mean(), rel=1e-5)
         assert found.clip_coef_min == pytest.approx(coefs.min(), rel=1e-5)
     assert by_setting[25.0, None].clip_coef_mean < by_setting[25.0, 100].clip_coef_mean
-    best = recommended(list(by_setting.values()))
-    assert best.window == 100
-    assert best.clip_coef_mean >= 0.6
+    best = recommended(by_setting)
+    assert best[1] == 100
+    assert by_setting[best].clip_coef_mean >= 0.6
 
 
 BAD_FILES = {
@@ -351,3 +354,28 @@ def test_a_run_with_two_percentiles_is_not_judged_by_the_last_one(tmp_path):
     assert math.isnan(callback.report().sections[0].figures.expected_fraction)
     resumed.save_checkpoint("both.ckpt")
     assert main(["report", "both.ckpt", "--json"]) == 0
+
+
+def report_in(environment: Path, run: Path, *first: Path) -> subprocess.CompletedProcess[str]:
+    """The report by an interpreter that has no scripts beside it, with packages from the given folders first."""
+    venv.create(environment, symlinks=True)
+    paths = ":".join(map(str, [*first, *sys.path]))
+    command = [environment / "bin" / "python", "-m", "lightning_autoclip", "report", run]
+    return subprocess.run(command, env={"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+def test_a_wandb_run_is_read_where_the_script_is_not_beside_the_interpreter(recorded, tmp_path):
+    done = report_in(tmp_path / "env", recorded[0]["wandb"])
+    assert not (tmp_path / "env" / "bin" / "wandb").exists()
+    assert done.stdout.startswith("W&B run offline-run-"), done.stderr
+    assert "60 steps" in done.stdout
+
+
+def test_without_wandb_the_report_of_its_run_says_what_is_needed(recorded, tmp_path):
+    (tmp_path / "first" / "wandb").mkdir(parents=True)
+    (tmp_path / "first" / "wandb" / "__init__.py").touch()  # something else of that name
+    done = report_in(tmp_path / "env", recorded[0]["wandb"], tmp_path / "first")
+    assert done.returncode == 1
+    assert "`python -m wandb leet inspect`, which needs wandb 0.31 or newer" in done.stderr
+    assert "wandb.__main__" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -6,13 +6,15 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import Net, loader, trainer
+from helpers import Net, loader, norm_of, trainer
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
@@ -20,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_autoclip import AutoClip, Constant, GradientClipping
 from lightning_autoclip.monitoring.report import LEAST_STEPS, report_of
+from lightning_autoclip.monitoring.runs import read_run
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Trace
 
@@ -387,6 +390,98 @@ def test_a_threshold_that_is_far_too_low_is_seen_in_steps_cut_to_a_fraction(algo
     assert clipping.report().sections[0].figures.clip_coef_mean < 0.1
 
 
+# --- something else clips too -----------------------------------------------------------------------------------------
+
+
+class ClipsItself(Task):
+    """Clips before any callback sees the gradient, or normalises it."""
+
+    def __init__(self, at: float, normalises: bool = False) -> None:
+        super().__init__(mlp(16, 64, 64, 1), lambda p, y: 100 * mse_loss(p, y), optimizer("SGD", 2e-4))
+        self.at, self.normalises = at, normalises
+        self.norms: list[float] = []
+
+    def on_after_backward(self) -> None:
+        self.norms.append(norm_of(self.parameters()))
+        if self.normalises:
+            for parameter in self.parameters():
+                parameter.grad *= self.at / self.norms[-1]
+        else:
+            nn.utils.clip_grad_norm_(self.parameters(), self.at)
+
+
+def clipped_twice(clipping: GradientClipping, at: float = 50.0, n: int = 640, epochs: int = 6, **kwargs: Any) -> Task:
+    torch.manual_seed(0)
+    module = ClipsItself(at, kwargs.pop("normalises", False))
+    rows = DataLoader(TensorDataset(*regression(n)), 16, shuffle=True)
+    trainer(clipping, max_epochs=epochs, **kwargs).fit(module, rows)
+    return module
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("percentile", [10, 50, 90])
+def test_gradients_that_the_module_clips_before_are_seen_in_norms_at_one_number(percentile, algorithm):
+    clipping = AutoClip(percentile, gradient_clip_algorithm=algorithm)
+    norms = np.array(clipped_twice(clipping).norms)
+    assert 0.15 < np.mean(norms > 50) < 0.9
+    assert names(clipping) == ["already clipped"]
+    said = evidence(clipping, "already clipped")
+    assert said == f"{np.sum(norms > 50 * (1 - 1e-3))} of 240 norms were the same number, 50, and none was larger."
+
+
+@pytest.mark.parametrize("at", [1e-3, 1.0, 1e4])
+def test_normalised_gradients_are_seen_however_large_or_small(at):
+    clipping = AutoClip(50)
+    clipped_twice(clipping, at, normalises=True)
+    assert evidence(clipping, "already clipped").startswith(f"240 of 240 norms were the same number, {at:.5g},")
+
+
+def test_a_limit_that_few_steps_reach_is_no_verdict():
+    clipping, free = AutoClip(50), AutoClip(50)
+    at = float(np.quantile(clipped_twice(free, math.inf).norms, 0.95))
+    clipped_twice(clipping, at)
+    assert not {"already clipped"} & {*names(clipping), *names(free)}
+
+
+def test_gradients_that_are_clipped_before_are_seen_in_a_short_run_and_after_a_resume(tmp_path):
+    whole, first, second = AutoClip(10), AutoClip(10), AutoClip(10)
+    clipped_twice(whole, n=160, epochs=2)
+    run_of_first = clipped_twice(first, n=160, epochs=1).trainer
+    run_of_first.save_checkpoint(tmp_path / "it.ckpt")
+    assert names(first) == names(whole) == ["already clipped"]
+    torch.manual_seed(0)
+    rows = DataLoader(TensorDataset(*regression(160)), 16)
+    trainer(second, max_epochs=2).fit(ClipsItself(50.0), rows, ckpt_path=tmp_path / "it.ckpt")
+    assert names(second) == ["already clipped"]
+    assert " of 20 norms" in evidence(second, "already clipped")
+
+
+@pytest.mark.parametrize("percentile", [10, 100])
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 30])
+def test_a_tiny_training_is_not_said_to_be_clipped_before(steps, percentile):
+    clipping = AutoClip(percentile)
+    train(clipping, n=16 * steps, epochs=1)
+    assert clipping.report().summary == "too few steps to tell"
+
+
+def test_norms_that_creep_up_are_not_one_number():
+    assert told_of(np.exp(np.linspace(0, 0.3, 1200))) == []
+
+
+@pytest.mark.parametrize(
+    ("every", "options", "told"),
+    [(10, {"log_every_step": True}, True), (1, {}, True), (10, {}, False)],
+    ids=["each step", "rows of one step", "rows of ten steps"],
+)
+def test_logged_rows_tell_of_it_where_they_have_the_norms_of_steps(tmp_path, every, options, told):
+    clipping, logger = AutoClip(50, **options), CSVLogger(tmp_path)
+    clipped_twice(clipping, logger=logger, log_every_n_steps=every)
+    found = [
+        verdict for verdict in read_run(Path(logger.log_dir)).report().verdicts if verdict.name == "already clipped"
+    ]
+    assert [verdict.evidence for verdict in found] == [evidence(clipping, "already clipped")] * told
+
+
 # --- what the report says ---------------------------------------------------------------------------------------------
 
 
@@ -550,3 +645,5 @@ def test_a_long_run_is_judged_as_a_short_one(steps):
     spiky = noise.copy()
     spiky[steps // 2] *= 1000
     assert told_of(spiky) == ["spikes"]
+    assert told_of(np.minimum(noise, 1.1)) == ["already clipped"]
+    assert told_of(np.minimum(noise, 2.0)) == []

@@ -13,9 +13,9 @@ import wandb
 from wandb_server import ENTITY, serve
 from wandb_workspaces.workspaces.internal import WorkspaceViewspec
 
+from lightning_autoclip import create_workspace
 from lightning_autoclip.monitoring.recorder import Recorder
 from lightning_autoclip.monitoring.trace import Trace
-from lightning_autoclip.monitoring.workspace import create_workspace
 
 OPTIMIZERS = pytest.mark.parametrize(
     ("optimizers", "names"),

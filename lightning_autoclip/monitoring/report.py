@@ -21,6 +21,8 @@ DOMINATES = 0.9  # share of the squared norm ...
 SMALL_PART = 0.5  # ... in so little of the entries
 STARVED = 1e-3  # root-mean-square entry of a weight's gradient, in those of the whole
 LOW_COEF = 0.1  # mean factor on the step
+AT_TOP = 0.1  # of the finite steps, to within `SAME` at one norm that is the largest ...
+LEAST_AT_TOP = 5  # ... and so many of them
 OVERFLOWS = 0.01  # of the steps, with a loss scaler
 _START = 5  # bins (of one step each in a short run): the first steps
 _LAYERS = 99  # names deep: each layer by itself
@@ -194,6 +196,7 @@ def _part(trace: Trace, start: float, end: float) -> Summary:
 
 def _verdicts(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
     yield from _of_nonfinite(trace, figures, has_scaler)
+    yield from _of_clipping_before(Summary.merged(trace.bins))
     if figures.steps < LEAST_STEPS:
         return
     yield from _of_growth(trace, figures)
@@ -215,6 +218,16 @@ def _of_nonfinite(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[
             + (f" in {where}." if where else "."),
             "Look at that batch, at what divides, takes a root or a logarithm there, and, if norms grew before it, at"
             " the learning rate.",
+        )
+
+
+def _of_clipping_before(run: Summary) -> Iterator[Verdict]:
+    if run.at_top >= max(LEAST_AT_TOP, AT_TOP * run.norms):
+        yield Verdict(
+            "already clipped",
+            f"{run.at_top:.0f} of {run.norms:.0f} norms were the same number, {run.top:.5g}, and none was larger.",
+            "Something clips or normalises the gradient before this callback does (the module, a package, another"
+            " callback), or the gradient is constant: the threshold then follows that number. Clip in one place only.",
         )
 
 

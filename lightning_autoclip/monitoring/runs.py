@@ -7,16 +7,19 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
+from lightning_autoclip.monitoring.checkpoints import read_part
+from lightning_autoclip.monitoring.plot import plot_of
+from lightning_autoclip.monitoring.report import Report, report_of
 from lightning_autoclip.monitoring.summary import Point, Summary
 from lightning_autoclip.monitoring.trace import MOST_SPIKES, Spike, Trace
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STATE_KEY = "GradientClipping"  # of the callback in a checkpoint
 CONFIG_KEY = "lightning_autoclip"  # of its settings in the config of a W&B run
@@ -30,25 +33,35 @@ _UNKNOWN: dict[str, Any] = {
 Row = Mapping[str, float]
 
 
-@dataclass
 class RecordedRun:
-    """What a file tells of a run.
+    """A run that was read back.
 
-    Attributes:
+    Args:
+        source: What was read, in words.
         traces: Per optimizer, by the prefix of its keys, what happened.
         norms: Likewise, the norms of single steps, oldest first, as far as the file has them.
         settings: The callback's arguments, as far as the file has them.
         has_scaler: Whether a loss scaler was at work.
-        has_steps: Whether ``norms`` are those of single steps rather than of logged rows.
-        source: What was read, in words.
     """
 
-    traces: dict[str, Trace]
-    norms: dict[str, list[float]]
-    source: str
-    settings: dict[str, Any] = field(default_factory=lambda: dict(_UNKNOWN))
-    has_scaler: bool = False
-    has_steps: bool = True
+    def __init__(
+        self,
+        source: str,
+        traces: dict[str, Trace],
+        norms: dict[str, list[float]],
+        settings: dict[str, Any],
+        has_scaler: bool = False,
+    ) -> None:
+        self.source, self.traces, self.norms = source, traces, norms
+        self.settings, self.has_scaler = settings, has_scaler
+
+    def report(self) -> Report:
+        """What clipping did, and what it may hide."""
+        return report_of(self.traces, self.settings, self.has_scaler)
+
+    def plot(self) -> Figure:
+        """Norms, thresholds, factors: needs matplotlib."""
+        return plot_of(self.traces, self.settings)
 
 
 def read_run(path: Path) -> RecordedRun:
@@ -70,20 +83,7 @@ def read_run(path: Path) -> RecordedRun:
 
 
 def _of_checkpoint(path: Path) -> RecordedRun:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds
-        reason = str(error).partition(". ")[0]
-        raise ValueError(
-            f"Expected {path} to be a checkpoint that `torch.load(weights_only=True)` reads: {reason}."
-        ) from error
-    callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
-    if not isinstance(callbacks, dict):
-        raise ValueError(f"Expected {path} to be a checkpoint of Lightning's Trainer, but it has no `callbacks`.")
-    if not (state := callbacks.get(STATE_KEY)):
-        raise ValueError(
-            f"{path} was written without `AutoClip` or `GradientClipping`: it has no state under {STATE_KEY!r}."
-        )
+    state = read_part(path, _our_state(path))
     try:
         traces = {prefix: Trace.from_state(scope["trace"]) for prefix, scope in state["scopes"].items()}
         norms = {
@@ -95,9 +95,25 @@ def _of_checkpoint(path: Path) -> RecordedRun:
             raise KeyError("settings")
         if state["several_policies"]:
             settings["policy"] = {"name": "several"}
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"The state of {STATE_KEY!r} in {path} is damaged: {error!r}.") from error
-    return RecordedRun(traces, norms, f"checkpoint {path.name}", settings, has_scaler)
+    return RecordedRun(f"checkpoint {path.name}", traces, norms, settings, has_scaler)
+
+
+def _our_state(path: Path) -> Callable[[Any], Any]:
+    """Finds the callback's entry among what a checkpoint holds."""
+
+    def choose(checkpoint: Any) -> Any:
+        callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, dict) else None
+        if not isinstance(callbacks, dict):
+            raise ValueError(f"Expected {path} to be a checkpoint of Lightning's Trainer, but it has no `callbacks`.")
+        if not (state := callbacks.get(STATE_KEY)):
+            raise ValueError(
+                f"{path} was written without `AutoClip` or `GradientClipping`: it has no state under {STATE_KEY!r}."
+            )
+        return state
+
+    return choose
 
 
 def _exact(trace: Trace, history: list[float]) -> list[float]:
@@ -121,14 +137,15 @@ def _of_wandb(path: Path) -> RecordedRun:
         raise ValueError(
             f"Expected {path} to hold the `.wandb` file of an offline run (as wandb/latest-run) or a `metrics.csv`."
         )
-    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(path)]
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except OSError as error:
-        raise ValueError(f"Reading a W&B run needs wandb 0.31 or newer (`wandb leet inspect`): {error}") from error
-    except subprocess.CalledProcessError as error:
-        said = (error.stderr or error.stdout).strip().splitlines()[-1:]
-        raise ValueError(f"`wandb leet inspect` (wandb 0.31 or newer) cannot read {path}: {' '.join(said)}") from error
+    except (OSError, subprocess.CalledProcessError) as error:
+        output = getattr(error, "stderr", None) or getattr(error, "stdout", None) or str(error)
+        said = output.strip().splitlines()[-1:]
+        raise ValueError(
+            f"`python -m wandb leet inspect`, which needs wandb 0.31 or newer, cannot read {path}: {' '.join(said)}"
+        ) from error
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     rows = [_numbers(record["history"].get("item", {})) for record in records if record.get("type") == "history"]
     settings = dict(_UNKNOWN)
@@ -184,10 +201,14 @@ def _of_rows(rows: Iterable[Row], step: str, source: str, settings: dict[str, An
             last, nonfinite = row[step], row[prefix + "nonfinite_total"]
         trace.largest = sorted(trace.largest, key=lambda spike: -spike.point.norm)[:MOST_SPIKES]
         exact = [row[f"{prefix}step/grad_norm"] for row in rows if f"{prefix}step/grad_norm" in row]
-        norms[prefix] = [norm for norm in exact if norm > 0]
+        norms[prefix] = [norm for norm in exact if 0 < norm < math.inf]
+        for norm in norms[prefix]:
+            trace.bins[-1].note_top(norm)
+        for row, steps_of_row in zip(found, trace.bins, strict=True) if not norms[prefix] else ():
+            steps_of_row.note_top(row[prefix + "grad_norm_max"])  # of how many steps, a row does not tell
     if not traces:
         raise ValueError(f"{source} has no rows of `AutoClip` or `GradientClipping` (keys `autoclip/...`).")
-    return RecordedRun(traces, norms, source, settings, has_steps=all(norms.values()))
+    return RecordedRun(source, traces, norms, settings)
 
 
 def _unit(row: Row, prefix: str) -> float:

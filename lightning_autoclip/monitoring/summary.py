@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-SAME = 1e-4  # norms that differ by no more than this part are one number
+SAME = 1e-3  # norms that differ by no more than this part are one number
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,15 @@ class Summary:
         self.clipped += later.clipped
         self.coefs += later.coefs
         self.coef_min = min(self.coef_min, later.coef_min)
+        self.note_top(later.top, later.at_top)
+
+    def note_top(self, norm: float, count: float = 1.0) -> None:
+        """Compare so many norms of one number with the largest one so far."""
         # The number stays where it was first seen: one that moved with each norm would creep along with slow growth.
-        if later.top > self.top * (1 + SAME):
-            self.top, self.at_top = later.top, later.at_top
-        elif later.top >= self.top * (1 - SAME):
-            self.at_top += later.at_top
+        if norm > self.top * (1 + SAME):
+            self.top, self.at_top = norm, count
+        elif norm >= self.top * (1 - SAME):
+            self.at_top += count
 
     @property
     def finite(self) -> float:
