@@ -30,6 +30,7 @@ from lightning_autoclip.strategies import (
     clipping_under,
     grad_scaler,
     parameter_names,
+    trains_in_others,
 )
 from lightning_autoclip.telling import Telling, log_every
 
@@ -260,6 +261,11 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Log what the checkpoint counts as done: a resumed run neither repeats nor misses a row."""
+        if not self._scopes and trains_in_others(trainer):
+            rank_zero_warn(
+                f"The checkpoint has no record of `{type(self).__name__}`: this process saw no step, and those that"
+                " trained have ended. Their own checkpoints (`ModelCheckpoint`) have it."
+            )
         self._telling.flush(trainer)
         if self._clipping is not None:
             self._clipping.release()

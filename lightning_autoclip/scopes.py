@@ -86,6 +86,11 @@ class OptimizerScopes:
         if self._gate is not None:
             self._gate.expect(self.optimizer)
 
+    def settle(self) -> None:
+        """Say that no step is being made now."""
+        if self._gate is not None:
+            self._gate.settle()
+
     @property
     def computes_again(self) -> bool:
         """Whether the step that is being made has computed its gradients before."""
@@ -223,6 +228,7 @@ class Scopes:
             scope.clipper.release()  # a second fit has new optimizers
             scope.clipper.clipped_norm_every = measure_every
         for known in self.optimizers:
+            known.settle()
             known.take_in(found[known.prefix], self._scope, named)
 
     def of(self, optimizer: Any, optimizers: Sequence[Any]) -> OptimizerScopes | None:

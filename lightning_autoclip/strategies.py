@@ -275,6 +275,11 @@ def check_precision(plugin: Precision) -> None:
         )
 
 
+def trains_in_others(trainer: Trainer) -> bool:
+    """Whether fitting starts processes, of which this one may not be one (ddp_spawn, ddp_fork, ddp_notebook)."""
+    return "MultiProcessing" in type(trainer.strategy.launcher).__name__
+
+
 def grad_scaler(trainer: Trainer) -> GradScaler | None:
     """The loss scaler of ``precision="16-mixed"``; ``None`` for every other precision, and where it is disabled."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

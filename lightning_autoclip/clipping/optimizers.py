@@ -103,7 +103,8 @@ class StepGate:
 
     def __init__(self) -> None:
         self.computed = self.passed_by = 0
-        self._is_expected = self._leaves_out = self._has_stepped = False
+        self._is_expected = self._leaves_out = False
+        self._is_young = True  # whether the hooks may be younger than the step that is being made
         self._depth = 0  # a subclass's step may call its parent's, and both have the hooks
         self._taken: list[tuple[Tensor, Tensor]] = []
         self._found_inf: Tensor | None = None
@@ -130,15 +131,19 @@ class StepGate:
     def leave_out(self, optimizer: Any) -> None:
         """Have the coming step change nothing."""
         self._leaves_out = True
-        if not self._has_stepped:  # the hooks may be younger than the step that is being made
+        if self._is_young:
             self._take(optimizer)
+
+    def settle(self) -> None:
+        """Say that no step is being made now."""
+        self._is_young = False
 
     def leave_out_if(self, found_inf: Tensor, optimizer: Any) -> None:
         """Have the coming step of a fused optimizer change nothing if this, on its device, is 1."""
         optimizer.found_inf = self._found_inf = found_inf
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._depth, self._has_stepped = self._depth + 1, True
+        self._depth, self._is_young = self._depth + 1, False
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._take(optimizer)
@@ -171,7 +176,7 @@ class StepGate:
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget_found_inf(optimizer)
-        self._depth, self._has_stepped = self._depth - 1, True
+        self._depth, self._is_young = self._depth - 1, False
         if self._depth > 0:
             return
         self.passed_by += not self._is_expected

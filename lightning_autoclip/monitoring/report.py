@@ -134,13 +134,17 @@ class Report:
 
     def to_markdown(self) -> str:
         """A heading, a table and the verdicts of each optimizer."""
-        return "\n".join(line for section in self.sections for line in _markdown(section)) or "No step was seen."
+        return "\n".join(line for section in self.sections for line in _markdown(section)) or _NO_STEP
 
     def __str__(self) -> str:
-        return "\n".join(line for section in self.sections for line in _lines(section)) or "No step was seen."
+        return "\n".join(line for section in self.sections for line in _lines(section)) or _NO_STEP
 
 
 _WIDTH = 100  # of a printed line
+_NO_STEP = (
+    "No step was seen in this process. Strategies that start processes (ddp_spawn, ddp_fork, ddp_notebook) train in"
+    " others: their report is printed there, and their record is in the checkpoints that they write."
+)
 
 
 def report_of(traces: Mapping[str, Trace], settings: Mapping[str, Any], has_scaler: bool = False) -> Report:

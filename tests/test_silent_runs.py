@@ -1,0 +1,620 @@
+"""Runs that ended early, stepped unclipped or were judged wrongly without a word: each goes on, or says so."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from helpers import Net, in_form, loader, norm_of, trainer, weights, with_gradient
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import grad_norm
+from torch import nn
+from torch.optim import SGD, Adam, AdamW
+
+from lightning_autoclip import AutoClip, Constant, GradientClipper, GradientClipping, Policy
+
+
+class Manual(Net):
+    """Manual optimization with what :meth:`step` makes of it."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.automatic_optimization = False
+        self.batches = 0
+
+    def training_step(self, batch, batch_idx) -> None:
+        self.batches += 1
+        optimizer = self.optimizers()
+        self.zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.step(optimizer, batch_idx)
+
+    def step(self, optimizer, batch_idx) -> None:
+        optimizer.step()
+
+
+class Norms(Callback):
+    """Notes the norm of the model's gradients at each step, before or after the clipping callback."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.norms.append(norm_of(pl_module.parameters()))
+
+
+def ours(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(w.message) for w in caught if "AutoClip" in str(w.message)]
+
+
+def sgd(parameters, **kwargs: Any) -> SGD:
+    return SGD(parameters, lr=0.1, **kwargs)
+
+
+# --- optimizers that change in mid-fit --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("holds_the_old", [True, False], ids=["somebody-holds-the-old-one", "nobody-does"])
+@pytest.mark.parametrize("manual", [True, False], ids=["manual", "automatic"])
+@pytest.mark.parametrize("way", ["assigned", "in the list"])
+def test_an_optimizer_that_is_exchanged_in_mid_fit_is_followed(holds_the_old, manual, way):
+    held = []
+
+    class Exchanging(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 5:
+                held.extend(trainer.optimizers if holds_the_old else [])
+                new = AdamW(pl_module.parameters(), lr=0.01)
+                if way == "assigned":
+                    trainer.optimizers = [new]
+                else:
+                    trainer.optimizers[0] = new
+
+    before, after, autoclip = Norms(), Norms(), AutoClip(40)
+    model = Manual(sgd) if manual else Net(sgd)
+    run = trainer(before, Exchanging(), autoclip, after)
+    run.fit(model, loader(scales=[1.0, 5.0]))
+    assert run.fit_loop.epoch_loop.batch_progress.total.completed == 16
+    assert autoclip.clippers[0].steps == 16
+    assert autoclip.clippers[0].history.recorded.tolist() == pytest.approx(before.norms, rel=1e-5)
+    assert max(after.norms) < max(before.norms)
+
+
+def test_an_optimizer_that_joins_in_mid_fit_gets_a_record_of_its_own():
+    class Growing(Manual):
+        def step(self, optimizer, batch_idx):
+            if batch_idx == 4:
+                self.trainer.optimizers = [self.trainer.optimizers[0], Adam(self.net[2].parameters(), lr=0.01)]
+            for each in optimizer if isinstance(optimizer, list) else [optimizer]:
+                each.step()
+
+    autoclip = AutoClip(40)
+    run = trainer(autoclip, log_every_n_steps=4)
+    run.fit(Growing(lambda parameters: SGD(list(parameters)[:2], lr=0.1)), loader())
+    assert {key: trace.names for key, trace in autoclip.traces.items()} == {
+        "autoclip/": ["net.0.weight", "net.0.bias"],
+        "autoclip/Adam/": ["net.2.weight", "net.2.bias"],
+    }
+    assert [clipper.steps for clipper in autoclip.clippers] == [16, 11]
+    assert run.callback_metrics["autoclip/Adam/grad_norm"] > 0
+
+
+class Doubling(torch.optim.Optimizer):
+    """A wrapper as people write them, around an optimizer that it calls by a name of its own."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.param_groups, self.state, self.defaults = inner, inner.param_groups, inner.state, {}
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none=True):
+        self.inner.zero_grad(set_to_none)
+
+
+def test_an_optimizer_that_wraps_one_of_the_trainers_is_clipped_in_its_place():
+    class Wrapping(Manual):
+        def step(self, optimizer, batch_idx):
+            wrapper = LightningOptimizer(Doubling(self.trainer.optimizers[0]))
+            wrapper._strategy = self.trainer.strategy
+            wrapper.step()
+
+    before, autoclip = Norms(), AutoClip(40)
+    model = Wrapping(sgd)
+    trainer(before, autoclip).fit(model, loader(scales=[1.0, 5.0]))
+    assert model.batches == autoclip.clippers[0].steps == 16
+    assert autoclip.clippers[0].history.recorded.tolist() == pytest.approx(before.norms, rel=1e-5)
+
+
+def test_an_optimizer_that_the_trainer_does_not_have_is_refused_in_one_sentence():
+    class Foreign(Manual):
+        def step(self, optimizer, batch_idx):
+            other = LightningOptimizer(AdamW(self.parameters()))
+            other._strategy = self.trainer.strategy
+            other.step()
+
+    with pytest.raises(MisconfigurationException, match=r"`AdamW` steps, but it neither is one of `trainer\."):
+        trainer(AutoClip()).fit(Foreign(), loader())
+
+
+@pytest.mark.parametrize("form", ["cpu form", "accelerator form"])
+def test_a_stop_iteration_within_a_hook_does_not_end_the_training_in_silence(form):
+    class Exhausted(Policy):
+        def __init__(self) -> None:
+            self.thresholds = iter([1.0, 2.0])
+
+        def __call__(self, history):
+            return next(self.thresholds)
+
+    model = Net()
+    with in_form(form), pytest.raises(RuntimeError, match="StopIteration"):
+        trainer(GradientClipping(Exhausted())).fit(model, loader())
+
+
+def test_a_logger_that_raises_stop_iteration_does_not_end_the_training_in_silence():
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Broken(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            if any(key.startswith("autoclip/") for key in metrics):
+                raise StopIteration
+
+    with pytest.raises(RuntimeError, match="`on_train_batch_end` met a StopIteration"):
+        trainer(AutoClip(), logger=Broken("."), log_every_n_steps=4).fit(Net(), loader())
+
+
+# --- steps that pass by -----------------------------------------------------------------------------------------------
+
+
+class Told(Callback):
+    """Notes how many of our warnings there are after each batch."""
+
+    def __init__(self, caught: list[warnings.WarningMessage]) -> None:
+        self.caught, self.after = caught, list[int]()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.after.append(len(ours(self.caught)))
+
+
+class WithinTheBackwardPass(Net):
+    """Each parameter is stepped as soon as its gradient is there; Lightning's optimizer is a dummy."""
+
+    def configure_optimizers(self):
+        inner = {parameter: SGD([parameter], lr=0.1) for parameter in self.parameters()}
+
+        def step(parameter):
+            inner[parameter].step()
+            parameter.grad = None
+
+        for parameter in self.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+        return SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
+class MasterCopies(Net):
+    """The optimizer has copies of the weights, which get their gradients within its step."""
+
+    def configure_optimizers(self):
+        model = list(self.parameters())
+
+        class Copying(SGD):
+            def step(self, closure=None):
+                loss = closure()
+                for copied, parameter in zip(self.param_groups[0]["params"], model, strict=True):
+                    copied.grad = parameter.grad
+                super().step()
+                for copied, parameter in zip(self.param_groups[0]["params"], model, strict=True):
+                    parameter.data.copy_(copied.data)
+                    copied.grad = None
+                return loss
+
+        return Copying([nn.Parameter(parameter.detach().clone()) for parameter in model], lr=0.1)
+
+
+class RawSteps(Manual):
+    def step(self, optimizer, batch_idx):
+        optimizer.optimizer.step()
+
+
+class Shim(Manual):
+    """Something else trains; what Lightning was given is never stepped."""
+
+    def configure_optimizers(self):
+        self.real = SGD(self.parameters(), lr=0.1)
+        return SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+
+    def step(self, optimizer, batch_idx):
+        self.real.step()
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (WithinTheBackwardPass, "saw 4 steps of `SGD` so far, and none of its parameters had a gradient"),
+        (MasterCopies, "saw 4 steps of `Copying` so far, and none of its parameters had a gradient"),
+        (RawSteps, "saw none of the 4 steps of `SGD` so far"),
+        (Shim, "saw no step of `SGD` so far"),
+    ],
+)
+def test_an_optimizer_whose_steps_cannot_be_clipped_is_named_within_the_first_rows(model, why):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(AutoClip(), told := Told(caught), log_every_n_steps=4).fit(model(), loader())
+    (said,) = ours(caught)
+    assert said.startswith(f"`AutoClip` {why}")
+    assert told.after[7] == 1  # two rows are eight batches
+
+
+def test_an_optimizer_that_begins_late_is_not_warned_of_unless_it_never_does():
+    class Alternating(Manual):
+        last = 12
+
+        def configure_optimizers(self):
+            return [SGD(self.net[i].parameters(), lr=0.1) for i in (0, 2)]
+
+        def step(self, optimizers, batch_idx):
+            optimizers[0].step()
+            if batch_idx >= self.last:
+                optimizers[1].step()
+
+    class Never(Alternating):
+        last = 99
+
+    said = []
+    for model in (Alternating(), Never()):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(AutoClip(), log_every_n_steps=2).fit(model, loader())
+        said.append(ours(caught))
+    assert said[0] == []
+    assert [message.partition(" so far")[0] for message in said[1]] == ["`AutoClip` saw no step of `SGD`"]
+
+
+# --- scalers ----------------------------------------------------------------------------------------------------------
+
+
+class Accelerated:
+    """As Accelerate's wrapper: not Lightning's, and not the object that the scaler knows."""
+
+    def __init__(self, optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self):
+        return self.optimizer.param_groups
+
+
+class ByAnotherName(Accelerated):
+    def __init__(self, optimizer) -> None:
+        self._base = optimizer
+
+    @property
+    def param_groups(self):
+        return self._base.param_groups
+
+
+@pytest.mark.parametrize("wrapper", [Accelerated, ByAnotherName, lambda o: Accelerated(ByAnotherName(o))])
+@pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
+@pytest.mark.parametrize("unscale", ["outside", "inside", "not"])
+def test_a_wrapped_optimizer_is_measured_at_its_true_scale_whichever_of_both_the_scaler_knows(
+    form, wrapper, fused, unscale
+):
+    weight = nn.Parameter(torch.zeros(2))
+    optimizer, scaler = SGD([weight], lr=1.0, fused=fused), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    wrapped = wrapper(optimizer)
+    scaler.scale((weight * torch.tensor([3.0, 4.0])).sum()).backward()
+    if unscale != "not":
+        scaler.unscale_(wrapped if unscale == "outside" else optimizer)
+    record = GradientClipper(Constant(1.0)).clip_(wrapped, scaler)
+    assert float(record.norm) == 5
+    scaler.step(optimizer)
+    scaler.update()
+    assert weight.tolist() == pytest.approx([-0.6, -0.8])
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_scaler_on_two_devices_is_told_of_an_infinity_once(fused, bad):
+    """The scaler adds up what it finds per device, and fused kernels take only 1 for an infinity."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer, scaler = AdamW([weight], lr=0.1, fused=fused), torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale((weight * bad).sum()).backward()
+    scaler.unscale_(optimizer)
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    found[torch.device("meta")] = torch.ones(())  # stands for a second device that has found it too
+    GradientClipper(Constant(1.0)).clip_(optimizer, scaler)
+    scaler.step(optimizer)
+    assert weight.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_scaler_that_is_disabled_hides_no_nonfinite_step(enabled):
+    class Spoiled(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (math.nan if batch_idx in (3, 9) else 1.0)
+
+    autoclip = AutoClip()
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0, enabled=enabled))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(autoclip, plugins=[precision]).fit(Spoiled(), loader())
+    assert bool([w for w in caught if "2 of 16 optimizer steps" in str(w.message)]) == (not enabled)
+    assert autoclip.report().healthy == enabled
+    assert autoclip.clippers[0].nonfinite_total == 2
+
+
+# --- what others read -------------------------------------------------------------------------------------------------
+
+
+def read_by(module, batch_idx) -> list[Any]:
+    gradients = [parameter.grad for parameter in module.parameters()]
+    total = torch.nn.utils.get_total_norm(gradients)
+    return [batch_idx, float(total), float(grad_norm(module, 2)["grad_2.0_norm_total"])]
+
+
+class Reading(Callback):
+    """Reads gradients in the hook behind the clipping callback, and after the step."""
+
+    def __init__(self) -> None:
+        self.read: list[Any] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        self.read.append(read_by(pl_module, "before"))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.read.append(read_by(pl_module, "after"))
+
+
+@pytest.mark.parametrize("model", [Net, Manual], ids=["automatic", "manual"])
+@pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["no scaler", "scaler"])
+@pytest.mark.parametrize("at", [0, 5], ids=["first", "later"])
+def test_who_reads_gradients_at_a_step_that_is_left_out_sees_what_lightning_shows(form, model, fused, scaled, at):
+    class Spoiled(model):
+        def loss(self, batch):
+            self.seen = getattr(self, "seen", -1) + 1
+            return super().loss(batch) * (math.nan if self.seen == at else 1.0)
+
+    def fit(*callbacks):
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
+        reading, net = Reading(), Spoiled(lambda parameters: sgd(parameters, momentum=0.9, fused=fused))
+        stop = {"max_steps": at + 1}
+        trainer(*callbacks, reading, **({"plugins": [plugin]} if scaled else {}), **stop).fit(net, loader())
+        return net, reading.read
+
+    plain, shown = fit()
+    clipped, read = fit(AutoClip(100))
+    if fused and scaled:  # plain Lightning shows them still scaled before the step, which unscales them
+        shown = [[when, *(norm / (2 if when == "before" else 1) for norm in norms)] for when, *norms in shown]
+    assert len(read) == len(shown)
+    for (when, *seen), (then, *expected) in zip(read, shown, strict=True):
+        assert when == then
+        assert seen == pytest.approx(expected, rel=1e-5, nan_ok=True)
+    assert weights(clipped).isfinite().all()
+    assert bool(weights(plain).isfinite().all()) == scaled
+
+
+def test_a_step_that_is_left_out_within_a_subclass_that_calls_its_parent_moves_nothing(form):
+    class Noisy(SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            for parameter in self.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    parameter.data.add_(parameter.grad, alpha=-0.01)
+            return loss
+
+    class Spoiled(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (math.nan if batch_idx == 3 else 1.0)
+
+    SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # now both classes have torch's hooks
+    model, autoclip = Spoiled(lambda parameters: Noisy(parameters, lr=0.1)), AutoClip()
+    trainer(autoclip).fit(model, loader())
+    assert weights(model).isfinite().all()
+    assert (autoclip.clippers[0].steps, autoclip.clippers[0].nonfinite_total) == (16, 1)
+
+
+class Spiky(Net):
+    """The loss of one batch is a thousand times that of the others."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(lambda parameters: SGD(parameters, lr=1e-4))
+        self.at, self.norms = at, list[float]()
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1000.0 if batch_idx == self.at else 1.0)
+
+    def on_after_backward(self):
+        self.norms.append(norm_of(self.parameters()))
+
+
+def test_a_checkpoint_that_monitors_a_figure_sees_that_of_its_own_step(form, tmp_path):
+    model = Spiky(57)
+    checkpoints = ModelCheckpoint(
+        tmp_path, "{step}", monitor="autoclip/grad_norm_max", mode="max", every_n_train_steps=10, save_top_k=1
+    )
+    trainer(AutoClip(100), checkpoints, enable_checkpointing=True, log_every_n_steps=50).fit(model, loader(n=400))
+    assert checkpoints.best_model_path.endswith("step=60.ckpt")
+    assert float(checkpoints.best_model_score) == pytest.approx(model.norms[57], rel=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before ours", "behind ours"])
+@pytest.mark.parametrize("when", ["on_train_batch_end", "on_train_epoch_end", "on_validation_end"])
+def test_a_reporter_reads_the_figures_of_the_latest_step_wherever_it_stands(form, first, when):
+    read = []
+
+    class Reporter(Callback):
+        def note(self, trainer, *args):
+            if trainer.sanity_checking:
+                return
+            live = trainer.callback_metrics
+            metrics = [live, copy.deepcopy(live), dict(live), {**live}, live.copy(), dict(live.items())]
+            assert len({float(each["autoclip/grad_norm"]) for each in metrics}) == 1
+            read.append((trainer.global_step, metrics[0]["autoclip/grad_norm"]))
+
+    setattr(Reporter, when, Reporter.note)
+    model, autoclip = Spiky(2), AutoClip(100)
+    model.validation_step = lambda batch, batch_idx: None
+    callbacks = [Reporter(), autoclip] if first else [autoclip, Reporter()]
+    run = trainer(*callbacks, max_epochs=2, log_every_n_steps=50)
+    run.fit(model, loader(n=20), loader(n=4))
+    assert [step for step, _ in read] == (list(range(1, 11)) if when == "on_train_batch_end" else [5, 10])
+    assert [float(value) for _, value in read] == pytest.approx([model.norms[step - 1] for step, _ in read], rel=1e-5)
+    assert float(run.callback_metrics["autoclip/grad_norm_mean"]) == pytest.approx(sum(model.norms) / 10, rel=1e-5)
+
+
+def test_early_stopping_and_a_scheduler_may_read_before_the_first_row():
+    class Plateau(Net):
+        def configure_optimizers(self):
+            optimizer = SGD(self.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=100)
+            monitored = {"scheduler": scheduler, "monitor": "autoclip/grad_norm_mean", "interval": "step"}
+            return {"optimizer": optimizer, "lr_scheduler": monitored}
+
+    stop = EarlyStopping("autoclip/grad_norm", patience=3, check_on_train_epoch_end=True)
+    trainer(stop, AutoClip(), log_every_n_steps=50, max_epochs=2).fit(model := Plateau(), loader())
+    assert stop.best_score.isfinite()
+    assert model.lr_schedulers().best < math.inf
+
+
+def test_where_nobody_reads_the_figures_nothing_is_fetched_between_two_rows(form, monkeypatch):
+    from lightning_autoclip.monitoring.recorder import Recorder
+
+    fetched, fetch = [], Recorder._fetch
+    monkeypatch.setattr(Recorder, "_fetch", lambda self: (fetched.append(len(self._on_device)), fetch(self))[1])
+    trainer(AutoClip(), log_every_n_steps=8).fit(Net(), loader())
+    assert [count for count in fetched if count] == [8, 8]
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("groups", [None, "param_groups"], ids=["whole", "groups"])
+def test_a_parameter_that_an_optimizer_lists_twice_is_counted_and_scaled_once(form, groups):
+    twice, other = with_gradient([3.0, 4.0]), with_gradient([12.0])
+    record = GradientClipper(Constant(6.5)).clip_(SGD([twice, twice, other], lr=0.1))
+    assert float(record.norm) == 13
+    assert norm_of([twice, other]) == pytest.approx(6.5)
+
+    before, autoclip = Norms(), AutoClip(40, groups=groups)
+    listing_twice = lambda parameters: SGD([*(each := list(parameters)), each[0]], lr=0.01)  # noqa: E731
+    trainer(before, autoclip).fit(Net(listing_twice), loader())
+    assert autoclip.clippers[0].history.recorded.tolist() == pytest.approx(before.norms, rel=1e-5)
+    assert [trace.names for trace in autoclip.traces.values()] == [
+        ["net.0.weight", "net.0.bias", "net.2.weight", "net.2.bias"]
+    ]
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("log_layers", [False, True])
+def test_a_lazy_module_trains_and_its_sizes_are_known_once_it_has_them(algorithm, log_layers):
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__(sgd)
+            self.net = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(1))
+
+    autoclip, model = AutoClip(40, gradient_clip_algorithm=algorithm, log_layers=log_layers), Lazy()
+    trainer(autoclip).fit(model, loader())
+    assert autoclip.clippers[0].steps == 16
+    assert autoclip.traces["autoclip/"].numels == [32, 8, 8, 1]
+    assert isinstance(model.net[0], nn.Linear)
+
+
+# --- steps are known by themselves ------------------------------------------------------------------------------------
+
+
+def test_several_steps_that_the_trainer_counts_as_one_are_each_clipped():
+    """A common workaround in GANs: only one optimizer counts towards `global_step`."""
+
+    class Gan(Manual):
+        def configure_optimizers(self):
+            return [SGD(self.net[i].parameters(), lr=0.1) for i in (0, 2)]
+
+        def step(self, optimizers, batch_idx):
+            generator, discriminator = optimizers
+            discriminator._on_before_step = discriminator._on_after_step = lambda: None
+            for _ in range(3):
+                discriminator.step()
+            generator.step()
+
+    autoclip = AutoClip(40)
+    run = trainer(autoclip)
+    run.fit(Gan(), loader())
+    assert run.global_step == 16
+    assert [clipper.steps for clipper in autoclip.clippers] == [16, 48]
+
+
+@pytest.mark.parametrize("fails", ["in the closure", "in the update", "afterwards"])
+def test_a_step_that_is_tried_again_is_clipped_again(fails):
+    class Failing(SGD):
+        failed = False
+
+        def step(self, closure=None):
+            loss = closure()
+            if fails == "in the update" and not self.failed:
+                Failing.failed = True
+                raise MemoryError
+            super().step()
+            return loss
+
+    class Retrying(Net):
+        tries = 0
+
+        def training_step(self, batch, batch_idx):
+            Retrying.tries += 1
+            if fails == "in the closure" and self.tries == 3:
+                raise MemoryError
+            return super().training_step(batch, batch_idx)
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            try:
+                super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+                if fails == "afterwards" and batch_idx == 3:
+                    raise MemoryError
+            except MemoryError:
+                super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    before, autoclip = Norms(), AutoClip(40)
+    trainer(before, autoclip).fit(Retrying(lambda parameters: Failing(parameters, lr=0.1)), loader())
+    assert autoclip.clippers[0].history.recorded.tolist() == pytest.approx(before.norms, rel=1e-5)
+    assert autoclip.clippers[0].steps == (16 if fails == "in the closure" else 17)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_refusal_of_a_second_clipping_says_what_to_do_where_a_package_has_set_it():
+    class Package(Net):
+        def on_fit_start(self):
+            self.trainer.gradient_clip_val = 0.5
+
+        def setup(self, stage):
+            self.trainer.gradient_clip_val = 0.5
+
+    class Off(Callback):
+        def setup(self, trainer, pl_module, stage):
+            trainer.gradient_clip_val = None
+
+    run = trainer(AutoClip())
+    run.gradient_clip_val = 0.5
+    with pytest.raises(MisconfigurationException, match=r"its model or its tuner has set it: set `trainer\."):
+        run.fit(Net(), loader())
+    run.gradient_clip_val = None
+    run.fit(Net(), loader())
+    run = trainer(Off(), autoclip := AutoClip())
+    run.gradient_clip_val = 0.5
+    run.fit(Net(), loader())
+    assert autoclip.clippers[0].steps == 16
+
+
+def test_a_report_of_nothing_says_where_the_steps_may_have_been():
+    assert "No step was seen in this process." in str(AutoClip().report())
