@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,6 +21,21 @@ collect_ignore = [] if find_spec("deepspeed") else ["test_deepspeed.py"]  # `mak
 def _in_an_empty_folder(tmp_path, monkeypatch):
     """Nothing that a test writes lands in the checkout."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def wandb_offline(monkeypatch):
+    """W&B's client writes to disk alone, and begins and ends without settings or runs of other tests."""
+    import wandb  # not in the environment of DeepSpeed
+
+    for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    handler = signal.getsignal(signal.SIGINT)
+    wandb.teardown()  # the client keeps its settings from run to run
+    yield
+    wandb.finish()  # Lightning's logger would go on with a run that is open
+    wandb.teardown()
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored after an interrupt
 
 
 @pytest.fixture(params=FORMS)

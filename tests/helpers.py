@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import threading
+import csv
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +12,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from processes import TIME_LIMIT
-from ranks import join_group, leave
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -96,47 +92,14 @@ class Net(LightningModule):
         return self.optimizer(self.parameters())
 
 
-class _Launcher(_MultiProcessingLauncher):
-    """Lightning's, but with a limit of time and processes that leave as :func:`ranks.leave` does."""
-
-    def launch(self, *args: Any, **kwargs: Any) -> Any:
-        def give_up() -> None:
-            print(f"Lightning's processes are not through after {TIME_LIMIT} s: a deadlock?", file=sys.stderr)
-            for process in self.procs:
-                process.kill()  # which Lightning raises
-
-        limit = threading.Timer(TIME_LIMIT, give_up)
-        limit.start()
-        try:
-            return super().launch(*args, **kwargs)
-        finally:
-            limit.cancel()
-
-    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
-        super()._wrapping_function(*args, **kwargs)  # an exception goes to the parent before the process ends
-        leave()
-
-
-class SpawnedDDP(DDPStrategy):
-    """``ddp_spawn`` on two processes, whose rendezvous is a file in ``folder``."""
-
-    def __init__(self, folder: Path, **kwargs: Any) -> None:
-        super().__init__(start_method="spawn", **kwargs)
-        self.folder = folder
-
-    def _configure_launcher(self) -> None:
-        self._launcher = _Launcher(self, start_method="spawn")
-
-    def setup_distributed(self) -> None:
-        self.set_world_ranks()
-        join_group(self.global_rank, self.folder / "store")
-        super().setup_distributed()  # which finds the group
-
-
 def assert_bit_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
     """The figures of every step and the record of two runs, or of two ranks of one, are the same to the bit."""
     assert torch.equal(first["steps"].nan_to_num(-1), second["steps"].nan_to_num(-1))
     assert first["record"] == second["record"]
+
+
+FACTORS = [20.0 if 48 <= row < 56 else 1.0 + row // 16 for row in range(80)]  # for ten batches of `Batches`
+ONE_NAN = [math.nan if row == 25 else factor for row, factor in enumerate(FACTORS)]  # a row of the second of two ranks
 
 
 class Batches(LightningDataModule):
@@ -167,6 +130,12 @@ def trainer(*callbacks: Any, **kwargs: Any) -> Trainer:
         "enable_model_summary": False,
     }
     return Trainer(callbacks=list(callbacks), **{**defaults, **kwargs})
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, such as a logger has written."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def weights(module: nn.Module) -> Tensor:

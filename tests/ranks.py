@@ -1,4 +1,4 @@
-"""Two processes of one process group, which work on the runs that tests hand to them.
+"""Two processes of one process group: those that work on the runs of tests, and those of ``ddp_spawn``.
 
 They rendezvous over a file in a test's folder, so that two runs of the tests on one machine cannot meet. A process that
 is through leaves by ``os._exit``: gloo's threads, which DTensors keep alive beyond the process group, may otherwise run
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from processes import SERVER, TIME_LIMIT
 from torch import distributed
 
@@ -161,3 +164,40 @@ class TwoRanks:
         for pipe in self._pipes:
             pipe.close()
         self._processes, self._pipes = [], []
+
+
+class _Launcher(_MultiProcessingLauncher):
+    """Lightning's, but with a limit of time and processes that leave by :func:`leave`."""
+
+    def launch(self, *args: Any, **kwargs: Any) -> Any:
+        def give_up() -> None:
+            print(f"Lightning's processes are not through after {TIME_LIMIT} s: a deadlock?", file=sys.stderr)
+            for process in self.procs:
+                process.kill()  # which Lightning raises
+
+        limit = threading.Timer(TIME_LIMIT, give_up)
+        limit.start()
+        try:
+            return super().launch(*args, **kwargs)
+        finally:
+            limit.cancel()
+
+    def _wrapping_function(self, *args: Any, **kwargs: Any) -> None:
+        super()._wrapping_function(*args, **kwargs)  # an exception goes to the parent before the process ends
+        leave()
+
+
+class SpawnedDDP(DDPStrategy):
+    """``ddp_spawn`` on two processes, whose rendezvous is a file in ``folder``."""
+
+    def __init__(self, folder: Path, **kwargs: Any) -> None:
+        super().__init__(start_method="spawn", **kwargs)
+        self.folder = folder
+
+    def _configure_launcher(self) -> None:
+        self._launcher = _Launcher(self, start_method="spawn")
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        join_group(self.global_rank, self.folder / "store")
+        super().setup_distributed()  # which finds the group

@@ -6,13 +6,14 @@ import math
 import pickle
 import re
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import Net, loader, trainer, weights
+from helpers import Net, loader, norm_of, trainer, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
@@ -28,6 +29,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning_utilities.core.imports import RequirementCache
+from models import BadBatches, NaNInLastBias, OneBackward, WithoutLoss
 from torch import nn
 
 from lightning_autoclip import (
@@ -181,33 +183,16 @@ def test_the_learning_rate_finder_leaves_record_and_user_alone(trained):
 # --- several optimizers -----------------------------------------------------------------------------------------------
 
 
-class TwoOptimizers(Net):
-    """Manual optimization; while one optimizer steps, the other's parameters hold gradients too."""
+class TwoOptimizers(OneBackward):
+    """While one optimizer steps, the other's parameters hold gradients too."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+        super().__init__(*[partial(torch.optim.SGD, lr=0.1)] * 2)
         self.seen: list[list[tuple[float, float]]] = [[], []]
-
-    def training_step(self, batch, batch_idx) -> None:
-        first, second = self.optimizers()
-        first.zero_grad()
-        second.zero_grad()
-        self.manual_backward(self.loss(batch))
-        first.step()
-        if batch_idx % 2:
-            second.step()
 
     def on_before_optimizer_step(self, optimizer) -> None:
         index = self.trainer.optimizers.index(optimizer)
-        self.seen[index].append(tuple(self.norm(layer) for layer in (self.net[0], self.net[2])))
-
-    @staticmethod
-    def norm(layer: nn.Module) -> float:
-        return float(sum(p.grad.double().square().sum() for p in layer.parameters()) ** 0.5)
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 2)]
+        self.seen[index].append(tuple(norm_of(layer.parameters()) for layer in (self.net[0], self.net[2])))
 
 
 def test_each_optimizer_has_its_own_record_and_touches_only_its_own_parameters():
@@ -217,7 +202,8 @@ def test_each_optimizer_has_its_own_record_and_touches_only_its_own_parameters()
 
         def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
             index = trainer.optimizers.index(optimizer)
-            self.norms[index].append(tuple(pl_module.norm(layer) for layer in (pl_module.net[0], pl_module.net[2])))
+            layers = pl_module.net[0], pl_module.net[2]
+            self.norms[index].append(tuple(norm_of(layer.parameters()) for layer in layers))
 
     before, autoclip, model = Before(), AutoClip(40), TwoOptimizers()
     trainer(before, autoclip).fit(model, loader(scales=[1.0, 4.0, 0.5]))
@@ -358,13 +344,10 @@ def test_a_fit_that_steps_past_the_callback_ends_with_a_warning():
 @pytest.mark.parametrize("at", [range(3, 16), [2]], ids=["diverged", "once"])
 @pytest.mark.parametrize(("nonfinite", "done"), [("skip", "left out"), ("ignore", "applied as they were")])
 def test_nonfinite_steps_are_told_of_when_they_are_logged_and_at_the_end(at, nonfinite, done):
-    class Diverging(Net):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) * (math.nan if batch_idx in at else 1.0)
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(AutoClip(nonfinite=nonfinite), log_every_n_steps=4).fit(Diverging(), loader())
+        diverging = BadBatches(dict.fromkeys(at, math.nan))
+        trainer(AutoClip(nonfinite=nonfinite), log_every_n_steps=4).fit(diverging, loader())
     told = [str(w.message) for w in caught if "NaN or an infinity" in str(w.message)]
     logged = "1 of 4" if nonfinite == "skip" or len(at) > 1 else "2 of 4"
     total = 16 - min(at) if nonfinite == "ignore" else len(at)  # once applied, a NaN stays
@@ -397,15 +380,7 @@ def test_averaging_of_batchnorm_statistics_records_nothing():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("at", [0, 5, 15], ids=["first", "middle", "last"])
 def test_a_bad_batch_is_skipped_as_if_it_had_not_been_there(bad, at):
-    class Spoiled(Net):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) * (bad if batch_idx == at else 1.0)
-
-    class Without(Net):
-        def training_step(self, batch, batch_idx):
-            return None if batch_idx == at else super().training_step(batch, batch_idx)
-
-    spoiled, without = Spoiled(), Without()
+    spoiled, without = BadBatches({at: bad}), WithoutLoss([at])
     callbacks = [AutoClip(), AutoClip()]
     for model, callback in zip((spoiled, without), callbacks, strict=True):
         trainer(callback).fit(model, loader())
@@ -415,11 +390,6 @@ def test_a_bad_batch_is_skipped_as_if_it_had_not_been_there(bad, at):
 
 
 def test_raise_names_step_batch_and_parameters():
-    class Spoiled(Net):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            return loss + (self.net[2].bias * math.nan).sum() if (self.current_epoch, batch_idx) == (1, 3) else loss
-
     where = r"At optimizer step 19 \(epoch 1, batch 3\): .* is nan: .* of 1 of 4 parameters\. They are: net\.2\.bias\."
     with pytest.raises(NonFiniteGradientError, match=where):
-        trainer(AutoClip(nonfinite="raise"), max_epochs=2).fit(Spoiled(), loader())
+        trainer(AutoClip(nonfinite="raise"), max_epochs=2).fit(NaNInLastBias(1, 3), loader())

@@ -1,13 +1,13 @@
 """Two processes clip as one process would on the same global batches."""
 
-import math
 from functools import partial
 
 import pytest
 import torch
-from helpers import Batches, Net, SpawnedDDP, assert_bit_equal, trainer, weights
-from lightning.pytorch import Callback
+from helpers import FACTORS, ONE_NAN, Batches, Net, assert_bit_equal, trainer, weights
 from lightning.pytorch.strategies import DDPStrategy
+from models import Figures
+from ranks import SpawnedDDP
 from torch import nn
 
 from lightning_autoclip import AutoClip, NonFiniteGradientError
@@ -15,9 +15,6 @@ from lightning_autoclip import AutoClip, NonFiniteGradientError
 pytestmark = pytest.mark.distributed
 
 BY_VALUE = {"gradient_clip_algorithm": "value"}
-# 80 rows are ten global batches of eight. They go to the ranks in turn, so that row 25 is one of the second rank.
-FACTORS = [20.0 if 48 <= row < 56 else 1.0 + row // 16 for row in range(80)]
-ONE_NAN = [math.nan if row == 25 else factor for row, factor in enumerate(FACTORS)]
 
 
 class Unused(Net):
@@ -34,19 +31,6 @@ class Unused(Net):
         if odd.any():
             prediction = prediction + self.odd(x) * odd[:, None]
         return ((prediction - y).square().squeeze(1) * scale).mean()
-
-
-class Watch(Callback):
-    """Holds the norm and the threshold of every step of this rank."""
-
-    def __init__(self):
-        self.steps = {}
-
-    def on_train_batch_end(self, trainer, *args):
-        metrics = trainer.callback_metrics
-        if trainer.global_step:
-            seen = float(metrics["autoclip/grad_norm"]), float(metrics["autoclip/threshold"])
-            self.steps[trainer.global_step] = seen
 
 
 THREE_BATCHES_PER_STEP = {"accumulate_grad_batches": 3}
@@ -70,7 +54,7 @@ def sgd(parameters):
 def train(name, epochs=2, ckpt=None, save=None, nonfinite="skip", **kwargs):
     """Train a case and return what this process saw; on one process unless ``kwargs`` say otherwise."""
     case = CASES[name]
-    watch, model = Watch(), case.get("model", Net)(sgd)
+    watch, model = Figures("autoclip/grad_norm", "autoclip/threshold"), case.get("model", Net)(sgd)
     callback = AutoClip(30, window=7, nonfinite=nonfinite, **case.get("clip", {}))
     run = trainer(
         callback,

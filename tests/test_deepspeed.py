@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Batches, Net, assert_bit_equal, trainer
+from helpers import FACTORS, ONE_NAN, Batches, Net, assert_bit_equal, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from models import Figures
 from torch.optim import SGD
 
 from lightning_autoclip import AutoClip, NonFiniteGradientError
 
 pytestmark = pytest.mark.distributed
-FACTORS = [20.0 if 48 <= row < 56 else 1.0 + row // 16 for row in range(80)]  # ten global batches of eight rows
 STAGES = (1, 2, 3)
+KEYS = [f"autoclip/{key}" for key in ("grad_norm", "threshold", "clip_coef_mean")]
 
 
 class CPUDeepSpeed(DeepSpeedStrategy):
@@ -55,26 +55,13 @@ REFUSED = {
 }
 
 
-class Watch(Callback):
-    """Holds the norm and the threshold of every step."""
-
-    def __init__(self):
-        self.steps = {}
-
-    def on_train_batch_end(self, trainer, *args):
-        metrics = trainer.callback_metrics
-        if trainer.global_step:
-            keys = ("grad_norm", "threshold", "clip_coef_mean")
-            self.steps[trainer.global_step] = [float(metrics[f"autoclip/{key}"]) for key in keys]
-
-
 def sgd(parameters):
     return SGD(parameters, lr=0.02, momentum=0.9)
 
 
 def train(strategy="auto", epochs=2, ckpt=None, save=None, factors=FACTORS, **kwargs):
     torch.manual_seed(0)
-    autoclip, watch = AutoClip(40, window=7, nonfinite=kwargs.pop("nonfinite", "skip")), Watch()
+    autoclip, watch = AutoClip(40, window=7, nonfinite=kwargs.pop("nonfinite", "skip")), Figures(*KEYS)
     callbacks, options = [autoclip, watch], {"max_epochs": epochs, "log_every_n_steps": 1, **kwargs}
     if save:
         callbacks.append(ModelCheckpoint(save.parent, save.stem, enable_version_counter=False))
@@ -85,9 +72,6 @@ def train(strategy="auto", epochs=2, ckpt=None, save=None, factors=FACTORS, **kw
     clipper = autoclip.clippers[0]
     record = clipper.history.recorded.tolist(), clipper.steps, clipper.nonfinite_total
     return {"steps": torch.tensor(list(watch.steps.values())), "record": record}
-
-
-ONE_NAN = [math.nan if row == 25 else factor for row, factor in enumerate(FACTORS)]
 
 
 def on_two(engine, *args, **kwargs):

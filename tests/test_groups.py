@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import re
@@ -10,11 +9,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import Net, in_form, loader, trainer, weights, with_gradient
+from helpers import Net, in_form, loader, read_csv, trainer, weights, with_gradient
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.loggers import CSVLogger
+from models import NaNInLastBias
 from test_clipper import NoHostReads
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
@@ -255,21 +255,16 @@ def test_training_with_groups_is_to_the_bit_training_with_a_clipper_per_group(fo
 
 
 def test_a_nan_in_one_layer_is_told_of_by_every_group_and_raise_names_the_parameter():
-    class Spoiled(Net):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            return loss + (self.net[2].bias * math.nan).sum() if batch_idx == 3 else loss
-
     callback = autoclip()
-    fit(Spoiled(), callback)
+    fit(NaNInLastBias(0, 3), callback)
     assert {key: counts for key, (_, *counts) in records(callback).items()} == {key: [10, 1] for key in KEYS}
     assert all(len(norms) == 7 for norms, *_ in records(callback).values())
     (spike,) = (spike for spike in callback.spikes() if not math.isfinite(spike["norm"]))
     assert (spike["optimizer"], spike["step"], spike["parameters"]) == ("autoclip/rest", 3, "net.2.bias")
     with pytest.warns(UserWarning, match="1 of 10 optimizer steps so far had a NaN"):
-        fit(Spoiled(), autoclip(), log_every_n_steps=10)
+        fit(NaNInLastBias(0, 3), autoclip(), log_every_n_steps=10)
     with pytest.raises(NonFiniteGradientError, match=r"At optimizer step 3 .* They are: net\.2\.bias\."):
-        fit(Spoiled(), autoclip(nonfinite="raise"))
+        fit(NaNInLastBias(0, 3), autoclip(nonfinite="raise"))
 
 
 @pytest.mark.parametrize(
@@ -506,8 +501,7 @@ def logged(tmp_path):
 
 
 def test_rows_and_layers_of_each_group_stand_under_its_name(logged):
-    with (logged[1] / "run" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(logged[1] / "run" / "metrics.csv")
     keys = {key for row in rows for key in row if "autoclip" in key}
     assert {key for key in keys if "layers" in key} == {"autoclip_layers/first/net.0", "autoclip_layers/rest/net.2"}
     assert {key.rpartition("/")[0] + "/" for key in keys if "layers" not in key} == {

@@ -6,7 +6,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from helpers import Batches, Net, trainer
+from helpers import FACTORS, Batches, Net, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from test_groups import KEYS, LAYERS, Watch, autoclip, records
@@ -15,7 +15,6 @@ from torch import distributed
 from torch.optim import SGD
 
 pytestmark = pytest.mark.distributed
-FACTORS = [20.0 if 48 <= row < 56 else 1.0 + row // 16 for row in range(80)]  # ten global batches of eight rows
 BIASES = {"biases": "*.bias"}  # under FSDP1 the first rank holds none of them
 FSDP1 = "FSDP1 FULL_SHARD original"
 RUNS = {f"{name} {algorithm}": (name, algorithm) for name in ("DDP", "FSDP2", FSDP1) for algorithm in ("norm", "value")}

@@ -7,15 +7,17 @@ import io
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import Net, loader, norm_of, trainer
+from helpers import Net, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from mlflow.tracking import MlflowClient
+from models import Noting, OptimizerPerLayer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
@@ -84,40 +86,21 @@ def table_of_mlflow(directory: Path) -> str:
     return Path(client.download_artifacts(run.info.run_id, "autoclip_spikes.csv")).read_text()
 
 
+sgd, adam = partial(torch.optim.SGD, lr=0.02), partial(torch.optim.Adam, lr=0.01)
 TABLES = {"csv": table_of_csv, "tensorboard": table_of_tensorboard, "mlflow": table_of_mlflow}
 
 
-class Noting(Net):
-    """Notes the norms of its raw gradients; some batches have a large loss, or one that is not finite."""
+class Failing(Noting):
+    """May break off at a batch."""
 
-    def __init__(self, fails_at: int | None = None, **factors: float) -> None:
-        super().__init__(lambda parameters: torch.optim.SGD(parameters, lr=0.02))
-        self.fails_at, self.factors, self.norms = fails_at, factors, []
+    def __init__(self, fails_at: int | None, factors: dict[int, float]) -> None:
+        super().__init__(factors, sgd)
+        self.fails_at = fails_at
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
         if batch_idx == self.fails_at:
             raise RuntimeError("stop")
-        return super().training_step(batch, batch_idx) * self.factors.get(f"batch_{batch_idx}", 1.0)
-
-    def on_after_backward(self) -> None:
-        self.norms.append(norm_of(self.parameters()))
-
-
-class TwoOptimizers(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        for optimizer in self.optimizers():
-            self.zero_grad()
-            loss = self.loss(batch)
-            self.log("train_loss", loss)
-            self.manual_backward(loss)
-            optimizer.step()
-
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.Adam(layer.parameters(), lr=0.01) for layer in (self.net[0], self.net[2])]
+        return super().training_step(batch, batch_idx)
 
 
 def fit(model: Net, loggers: Any, *callbacks: Any, ckpt: Any = None, **kwargs: Any) -> AutoClip:
@@ -139,7 +122,7 @@ def of_all_loggers(directory: Path) -> list[Logger]:
 def test_every_logger_has_the_same_rows_at_the_steps_of_the_loss(
     tmp_path: Path, algorithm: str, options: dict[str, Any]
 ) -> None:
-    model = Noting(batch_3=math.nan, batch_7=100.0)
+    model = Noting({3: math.nan, 7: 100.0}, sgd)
     fit(model, of_all_loggers(tmp_path), gradient_clip_algorithm=algorithm, **options)
     found = {kind: read(tmp_path / kind) for kind, read in READERS.items()}
     ours = {key for key in found["csv"] if key.startswith("autoclip")}
@@ -160,7 +143,7 @@ def test_every_logger_has_the_same_rows_at_the_steps_of_the_loss(
 
 @every_logger
 def test_a_row_of_nothing_but_nonfinite_steps_can_be_read_back(tmp_path: Path, kind: str) -> None:
-    fit(Noting(**{f"batch_{i}": math.nan for i in range(5, 10)}), MAKERS[kind](tmp_path))
+    fit(Noting(dict.fromkeys(range(5, 10), math.nan), sgd), MAKERS[kind](tmp_path))
     series = READERS[kind](tmp_path)
     norms, total = dict(series["autoclip/grad_norm_max"]), dict(series["autoclip/nonfinite_total"])
     assert [math.isnan(norms[step]) for step in (4, 9, 14, 15)] == [False, True, False, False]
@@ -171,7 +154,7 @@ def test_a_row_of_nothing_but_nonfinite_steps_can_be_read_back(tmp_path: Path, k
 def test_the_keys_of_several_optimizers_and_their_layers_arrive_as_they_are(tmp_path: Path, kind: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(TwoOptimizers(), MAKERS[kind](tmp_path), log_layers=True, log_every_step=True)
+        fit(OptimizerPerLayer(adam, adam), MAKERS[kind](tmp_path), log_layers=True, log_every_step=True)
     assert not [str(warning.message) for warning in caught if "autoclip" in str(warning.message)]
     keys = {key for key in READERS[kind](tmp_path) if "autoclip" in key}
     for optimizer, layer in (("Adam", "net.0"), ("Adam-1", "net.2")):
@@ -183,7 +166,7 @@ def test_the_keys_of_several_optimizers_and_their_layers_arrive_as_they_are(tmp_
 @every_logger
 @pytest.mark.parametrize("fails_at", [None, 12], ids=["whole", "broken off"])
 def test_the_spike_table_arrives_even_if_the_run_breaks_off(tmp_path: Path, kind: str, fails_at: int | None) -> None:
-    model = Noting(fails_at, batch_3=math.nan, batch_7=100.0)
+    model = Failing(fails_at, {3: math.nan, 7: 100.0})
     logger = MAKERS[kind](tmp_path)
     if fails_at:
         with pytest.raises(RuntimeError, match="stop"):
@@ -200,7 +183,7 @@ def test_the_spike_table_arrives_even_if_the_run_breaks_off(tmp_path: Path, kind
 
 @pytest.mark.parametrize("kind", ["tensorboard", "mlflow"])  # a new CSVLogger deletes what stands in its directory
 def test_over_a_resume_in_the_same_run_each_row_is_there_once(tmp_path: Path, kind: str) -> None:
-    first, second = Noting(batch_7=100.0), Noting(batch_7=100.0)
+    first, second = Noting({7: 100.0}, sgd), Noting({7: 100.0}, sgd)
     logger, saving = MAKERS[kind](tmp_path / "logs"), ModelCheckpoint(tmp_path, "saved", every_n_train_steps=8)
     fit(first, logger, saving, max_steps=8, log_every_step=True)
     resumed = MAKERS[kind](tmp_path / "logs")
@@ -217,7 +200,7 @@ def test_over_a_resume_in_the_same_run_each_row_is_there_once(tmp_path: Path, ki
 
 def test_each_run_of_an_mlflow_experiment_keeps_its_own_spike_table(tmp_path: Path) -> None:
     for worst in (3, 11):
-        fit(Noting(**{f"batch_{worst}": 100.0}), MAKERS["mlflow"](tmp_path))
+        fit(Noting({worst: 100.0}, sgd), MAKERS["mlflow"](tmp_path))
     client, runs = mlflow_runs(tmp_path)
     texts = [Path(client.download_artifacts(run.info.run_id, "autoclip_spikes.csv")).read_text() for run in runs]
     assert [int(next(csv.DictReader(io.StringIO(text)))["step"]) for text in texts] == [3, 11]
@@ -252,7 +235,7 @@ def test_a_table_beside_a_logger_without_a_directory_per_run_stands_with_the_run
     tmp_path: Path, version: Any
 ) -> None:
     saving = ModelCheckpoint(every_n_epochs=1)
-    autoclip = fit(Noting(batch_7=100.0), WithoutDirectoryPerRun(tmp_path, version), saving)
+    autoclip = fit(Noting({7: 100.0}, sgd), WithoutDirectoryPerRun(tmp_path, version), saving)
     directory = Path(saving.dirpath).parent
     assert directory.parent == tmp_path / "project"
     (found,) = tmp_path.rglob("autoclip_spikes.csv")
@@ -262,5 +245,5 @@ def test_a_table_beside_a_logger_without_a_directory_per_run_stands_with_the_run
 
 
 def test_a_logger_without_any_directory_gets_no_table_and_no_error(tmp_path: Path) -> None:
-    fit(Noting(), WithoutDirectoryPerRun(None, "first"))
+    fit(Noting(optimizer=sgd), WithoutDirectoryPerRun(None, "first"))
     assert not [*tmp_path.rglob("autoclip_spikes.csv")]

@@ -8,20 +8,21 @@ import json
 import math
 import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import models
 import numpy as np
 import pytest
 import torch
 import wandb
-from helpers import Net, SpawnedDDP, loader, norm_of, trainer
+from helpers import Net, loader, norm_of, trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from ranks import SpawnedDDP
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
@@ -52,23 +53,14 @@ LOGGERS: dict[str, Callable[..., Logger]] = {
 every_logger = pytest.mark.parametrize("kind", LOGGERS)
 
 
-@pytest.fixture(autouse=True)
-def nothing_left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off"}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    handler = signal.getsignal(signal.SIGINT)
-    wandb.teardown()  # the client keeps its settings from run to run
-    yield
-    wandb.teardown()
-    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored after an interrupt
+pytestmark = pytest.mark.usefixtures("wandb_offline")
 
 
-class Noting(Net):
-    """Notes the norm of the gradient after each backward pass, which is before the callback can have clipped it."""
+class Noting(models.Noting):
+    """Notes the norm after the clipping too; may break off at the eighth batch."""
 
     def __init__(self, error: type[BaseException] | None = None) -> None:
-        super().__init__(partial(SGD, lr=0.1, momentum=0.9))  # pickles, for the processes that are spawned
-        self.norms: list[float] = []
+        super().__init__(optimizer=partial(SGD, lr=0.1, momentum=0.9))  # pickles, for the processes that are spawned
         self.clipped: list[float] = []
         self.error = error
 
@@ -77,31 +69,8 @@ class Noting(Net):
             raise self.error("stop")
         return super().training_step(batch, batch_idx)
 
-    def on_after_backward(self) -> None:
-        self.norms.append(norm_of(self.parameters()))
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:  # the module's hook comes after the callbacks'
         self.clipped.append(norm_of(self.parameters()))
-
-
-class TwoOptimizers(Net):
-    """Manual optimization: the two layers have an optimizer each."""
-
-    def __init__(self, classes: Sequence[Callable[..., Optimizer]]) -> None:
-        super().__init__()
-        self.automatic_optimization, self.classes = False, classes
-        self.norms: tuple[list[float], list[float]] = ([], [])
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        for optimizer, norms in zip(self.optimizers(), self.norms, strict=True):
-            self.zero_grad()
-            self.manual_backward(self.loss(batch))
-            norms.append(norm_of(optimizer.param_groups[0]["params"]))
-            optimizer.step()
-
-    def configure_optimizers(self) -> list[Optimizer]:
-        layers = (self.net[0], self.net[2])
-        return [cls(layer.parameters(), lr=0.01) for cls, layer in zip(self.classes, layers, strict=True)]
 
 
 def fit(model: Net, logger: Any = False, *callbacks: Any, steps: int = 16, ckpt: Any = None, **kwargs: Any) -> Any:
@@ -382,8 +351,8 @@ def test_over_a_resume_each_step_is_logged_once(tmp_path: Path, kind: str, per_e
 def test_each_of_several_optimizers_has_rows_of_its_own(
     tmp_path: Path, kind: str, classes: tuple[type[Optimizer], type[Optimizer]]
 ) -> None:
-    model, second = TwoOptimizers(classes), "SGD" if SGD in classes else "Adam-1"
-    prefixes = ("autoclip/Adam/", f"autoclip/{second}/")
+    model = models.OptimizerPerLayer(*(partial(cls, lr=0.01) for cls in classes))
+    prefixes = ("autoclip/Adam/", "autoclip/SGD/" if SGD in classes else "autoclip/Adam-1/")
     fit(model, LOGGERS[kind](tmp_path), log_every_step=True)
     written = rows(tmp_path)
     for prefix, norms in zip(prefixes, model.norms, strict=True):

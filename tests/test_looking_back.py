@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from helpers import Net, loader, norm_of, trainer
+from helpers import Net, loader, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from models import Gradients
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from wandb_reader import read_runs
 
@@ -26,35 +27,17 @@ from lightning_autoclip import AutoClip, Constant, GradientClipping, NonFiniteGr
 from lightning_autoclip.__main__ import main
 from lightning_autoclip.monitoring.suggest import candidates, recommended
 
+pytestmark = pytest.mark.usefixtures("wandb_offline")
 SPIKES = {41: 100.0, 42: 100.0}  # batch -> factor on its loss
-
-
-class Norms(Callback):
-    """Notes the norm of every step before the callback after it clips."""
-
-    def __init__(self) -> None:
-        self.norms: list[float] = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.norms.append(norm_of(pl_module.parameters()))
 
 
 def fit(*loggers, steps: int = 60, callback: GradientClipping | None = None, spikes=SPIKES, **kwargs):
     """A run on batches of four rows; the callback, and the norms before clipping."""
-    callback, norms = callback or AutoClip(50, verbose=False), Norms()
+    callback, norms = callback or AutoClip(50, verbose=False), Gradients()
     scales = [spikes.get(i // 4, 1.0) for i in range(4 * steps)]
     run = trainer(norms, callback, logger=list(loggers), log_every_n_steps=10, **kwargs)
     run.fit(Net(), loader(n=4 * steps, scales=scales))
     return run, callback, norms.norms
-
-
-@pytest.fixture(autouse=True)
-def _wandb_offline(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    wandb.teardown()
-    yield
-    wandb.teardown()
 
 
 # --- the end of fit ---------------------------------------------------------------------------------------------------

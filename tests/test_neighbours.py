@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
-import signal
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch.callbacks as theirs
+import models
 import numpy as np
 import pytest
 import torch
 import wandb
-from helpers import Net, loader, norm_of, trainer, weights
+from helpers import Net, loader, norm_of, read_csv, trainer, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -43,30 +41,19 @@ OURS = AutoClip().state_key  # how profilers name the callback
 data = partial(loader, scales=SCALES)
 
 
-@pytest.fixture(autouse=True)
-def _wandb_offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off"}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    wandb.teardown()
-    signal.signal(signal.SIGINT, handler)
+pytestmark = pytest.mark.usefixtures("wandb_offline")
 
 
-class Noting(Net):
-    """Notes the norm of the raw gradient after each backward pass, and the weights after each step."""
+class Noting(models.Noting):
+    """Notes the weights after each step too."""
 
     def __init__(self) -> None:
-        super().__init__(lambda parameters: SGD(parameters, lr=self.lr, momentum=0.5))
+        super().__init__(optimizer=lambda parameters: SGD(parameters, lr=self.lr, momentum=0.5))
         self.lr, self.batch_size = 0.02, 4
-        self.norms: list[float] = []
         self.after: list[Tensor] = []
 
     def train_dataloader(self) -> DataLoader:
         return data(self.batch_size)
-
-    def on_after_backward(self) -> None:
-        self.norms.append(norm_of(self.parameters()))
 
     def on_train_batch_end(self, *args: Any) -> None:
         self.after.append(weights(self))
@@ -245,8 +232,7 @@ def test_learning_rates_and_thresholds_stand_at_the_same_steps(tmp_path: Path) -
 
     model = Decaying()
     fit(model, LearningRateMonitor("step"), logger=CSVLogger(tmp_path, "", "run"), log_every_n_steps=4)
-    with (tmp_path / "run" / "metrics.csv").open() as file:
-        written = [*csv.DictReader(file)]
+    written = read_csv(tmp_path / "run" / "metrics.csv")
     rates = {int(row["step"]): float(row["lr-SGD"]) for row in written if row["lr-SGD"]}
     thresholds = {int(row["step"]): float(row["autoclip/threshold"]) for row in written if row["autoclip/threshold"]}
     assert rates == pytest.approx({step: 0.02 * 0.9**step for step in (3, 7, 11, 15)})
@@ -302,11 +288,6 @@ def test_under_an_accumulation_schedule_each_window_is_recorded_once() -> None:
     assert {step: batches[step].replace(" to ", "-") for step in batches} == {step: expected[step] for step in batches}
 
 
-def rows_of(directory: Path) -> list[dict[str, str]]:
-    with (directory / "metrics.csv").open() as file:
-        return [*csv.DictReader(file)]
-
-
 def test_trial_steps_of_the_learning_rate_finder_leave_no_trace(tmp_path: Path) -> None:
     found, direct = Noting(), Noting()
     finder = LearningRateFinder(min_lr=1e-5, num_training_steps=30, early_stop_threshold=None)
@@ -317,7 +298,7 @@ def test_trial_steps_of_the_learning_rate_finder_leave_no_trace(tmp_path: Path) 
     assert direct.lr != 0.02
     first = fit(direct, logger=CSVLogger(tmp_path, "", "direct"), **options)
     assert_same_run((direct, first), (found, second))
-    assert rows_of(tmp_path / "found") == rows_of(tmp_path / "direct")
+    assert read_csv(tmp_path / "found" / "metrics.csv") == read_csv(tmp_path / "direct" / "metrics.csv")
 
 
 def test_the_learning_rate_may_be_sought_again_in_the_middle_of_training(tmp_path: Path) -> None:
@@ -338,7 +319,7 @@ def test_the_learning_rate_may_be_sought_again_in_the_middle_of_training(tmp_pat
     first = fit(direct, logger=CSVLogger(tmp_path, "", "direct"), **options)
     assert len(found.norms) == len(direct.norms) + 10
     assert_same_run((direct, first), (found, second))
-    assert rows_of(tmp_path / "found") == rows_of(tmp_path / "direct")
+    assert read_csv(tmp_path / "found" / "metrics.csv") == read_csv(tmp_path / "direct" / "metrics.csv")
 
 
 def test_trial_steps_of_the_batch_size_finder_leave_no_trace(tmp_path: Path) -> None:
@@ -349,7 +330,7 @@ def test_trial_steps_of_the_batch_size_finder_leave_no_trace(tmp_path: Path) -> 
     assert (direct.batch_size, second.clippers[0].steps) == (8, 8)
     first = fit(direct, logger=CSVLogger(tmp_path, "", "direct"), log_every_n_steps=2)
     assert_same_run((direct, first), (found, second))
-    assert rows_of(tmp_path / "found") == rows_of(tmp_path / "direct")
+    assert read_csv(tmp_path / "found" / "metrics.csv") == read_csv(tmp_path / "direct" / "metrics.csv")
 
 
 @pytest.mark.parametrize("place", ["before", "behind"])

@@ -9,12 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import models
 import numpy as np
 import pytest
 import schedulefree
 import torch
 from bitsandbytes.optim import AdamW8bit, Lion8bit
-from helpers import Net, loader, norm_of, trainer, weights
+from helpers import loader, norm_of, trainer, weights
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Adam, Optimizer
@@ -107,23 +108,15 @@ def in_train_mode(optimizer: Any) -> Any:
     return optimizer
 
 
-class Noting(Net):
-    """With an optimizer of the list; batches in ``bad`` have a loss that is not finite."""
+class Noting(models.Noting):
+    """With an optimizer of the list; batches in ``bad`` have a loss that is not finite. Notes what each step leaves."""
 
     def __init__(self, name: str, bad: tuple[int, ...] = ()) -> None:
-        super().__init__(OPTIMIZERS[name])
-        self.bad = bad
-        self.norms: list[float] = []
+        super().__init__(dict.fromkeys(bad, math.nan), OPTIMIZERS[name])
         self.after: list[tuple[Tensor, Any]] = []
 
     def on_train_start(self) -> None:
         in_train_mode(self.trainer.optimizers[0])
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) * (math.nan if batch_idx in self.bad else 1.0)
-
-    def on_after_backward(self) -> None:
-        self.norms.append(norm_of(self.parameters()))
 
     def on_train_batch_end(self, *args: Any) -> None:
         state = {id(p): dict(values) for p, values in self.trainer.optimizers[0].state.items()}

@@ -12,6 +12,7 @@ from helpers import Net, loader, trainer, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from models import BadBatches, Gradients, Manual, WithoutLoss
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
@@ -20,20 +21,6 @@ from lightning_autoclip import AutoClip
 MODES = ["32-true", "64-true", "bf16-mixed", "bf16-true", "16-true", "16-mixed"]
 TOLERANCE = {"64-true": 1e-6, "32-true": 1e-5, "bf16-mixed": 1e-5, "16-mixed": 1e-5, "16-true": 2e-3, "bf16-true": 1e-2}
 SCALES = [1.0, 3.0, 0.5, 8.0]
-
-
-class Ledger(Callback):
-    """Notes the true gradient at each optimizer step; one before and one after the clipping callback."""
-
-    def __init__(self) -> None:
-        self.gradients: list[np.ndarray] = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        is_scaled = scaler is not None and id(optimizer) not in scaler._per_optimizer_states
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        flat = [p.grad.double().flatten() / (scaler.get_scale() if is_scaled else 1.0) for p in parameters]
-        self.gradients.append(torch.cat(flat).numpy() if flat else np.zeros(0))
 
 
 class Weights(Callback):
@@ -50,20 +37,6 @@ class Weights(Callback):
         self.after.append(weights(pl_module).clone())
         if (scaler := getattr(trainer.precision_plugin, "scaler", None)) is not None:
             self.scales.append(scaler.get_scale())
-
-
-class ManualNet(Net):
-    automatic_optimization = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx) -> None:
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(self.loss(batch))
-        optimizer.step()
 
 
 def precision(mode: str, init_scale: float = 1024.0) -> dict[str, Any]:
@@ -90,11 +63,11 @@ def clipped(gradient: np.ndarray, threshold: float, by_value: bool) -> np.ndarra
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
-@pytest.mark.parametrize("net", [Net, ManualNet], ids=["automatic", "manual"])
+@pytest.mark.parametrize("net", [Net, Manual], ids=["automatic", "manual"])
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_each_step_is_the_clipped_step_by_hand(mode, fused, net, algorithm):
     by_value = algorithm == "value"
-    before, after, steps = Ledger(), Ledger(), Weights()
+    before, after, steps = Gradients(), Gradients(), Weights()
     autoclip = AutoClip(40, gradient_clip_algorithm=algorithm)
     model = net(sgd(fused))
     trainer(before, autoclip, after, steps, max_epochs=2, **precision(mode)).fit(model, loader(scales=SCALES))
@@ -119,7 +92,7 @@ def test_each_step_is_the_clipped_step_by_hand(mode, fused, net, algorithm):
 @pytest.mark.parametrize("mode", ["32-true", "16-mixed"])
 @pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
 def test_accumulated_gradients_are_recorded_once_per_step(mode, fused):
-    ledger, autoclip = Ledger(), AutoClip(40)
+    ledger, autoclip = Gradients(), AutoClip(40)
     trainer(ledger, autoclip, accumulate_grad_batches=3, **precision(mode)).fit(Net(sgd(fused)), loader(scales=SCALES))
     assert len(ledger.gradients) == 6  # 16 batches: five full windows and a short one
     np.testing.assert_allclose(
@@ -131,7 +104,7 @@ OVERFLOW = [1.0, 1.0, 1.0, 1.0, 1e6, 1e6, 1e6, 1e6, *[2.0] * 4, *[3.0] * 4]  # t
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
-@pytest.mark.parametrize("net", [Net, ManualNet], ids=["automatic", "manual"])
+@pytest.mark.parametrize("net", [Net, Manual], ids=["automatic", "manual"])
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("nonfinite", ["skip", "ignore"])
@@ -140,7 +113,7 @@ def test_an_overflow_under_amp_moves_nothing_and_the_scaler_backs_off(fused, net
         "sgd": sgd(fused, momentum=0.9, weight_decay=0.1),
         "adamw": lambda parameters: AdamW(parameters, lr=0.01, fused=fused),
     }[optimizer]
-    ledger, steps = Ledger(), Weights()
+    ledger, steps = Gradients(), Weights()
     autoclip = AutoClip(40, gradient_clip_algorithm=algorithm, nonfinite=nonfinite)
     trainer(ledger, autoclip, steps, **precision("16-mixed")).fit(net(factory), loader(n=32, scales=OVERFLOW))
 
@@ -168,22 +141,13 @@ def test_fused_and_ordinary_optimizers_train_alike_under_amp(optimizer):
     torch.testing.assert_close(train(True), train(False), rtol=1e-4, atol=1e-5)
 
 
-class Forgetful(Net):
-    """Returns no loss for some batches."""
-
-    skipped = (1, 5)
-
-    def training_step(self, batch, batch_idx):
-        return None if batch_idx in self.skipped else super().training_step(batch, batch_idx)
-
-
 @pytest.mark.parametrize("mode", ["32-true", "16-mixed"])
 @pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_batches_without_a_loss_record_what_is_stepped_and_no_more(mode, fused, accumulate):
-    ledger, steps, autoclip = Ledger(), Weights(), AutoClip(100)
+    ledger, steps, autoclip = Gradients(), Weights(), AutoClip(100)
     trainer(ledger, autoclip, steps, accumulate_grad_batches=accumulate, **precision(mode)).fit(
-        Forgetful(sgd(fused)), loader(n=32)
+        WithoutLoss((1, 5), sgd(fused)), loader(n=32)
     )
     moved = [not torch.equal(a, b) for a, b in zip(steps.after[1:], steps.after, strict=False)]
     assert autoclip.clippers[0].history.recorded.numel() == sum(moved)
@@ -202,7 +166,7 @@ def test_frozen_and_unused_parameters_are_left_out():
             self.net[0].requires_grad_(False)
             self.unused = nn.Linear(3, 3)
 
-    ledger, autoclip = Ledger(), AutoClip(40)
+    ledger, autoclip = Gradients(), AutoClip(40)
     trainer(ledger, autoclip).fit(Partial(), loader())
     assert {g.size for g in ledger.gradients} == {9}
     np.testing.assert_allclose(
@@ -243,15 +207,11 @@ def test_a_compiled_module_trains_as_the_plain_one(whole):
 
 @pytest.mark.parametrize("case", ["fused optimizer under 16-mixed", "manual optimization", "a NaN in one batch"])
 def test_where_lightnings_own_clipping_refuses_or_is_wrong_autoclip_trains(case):
-    class Spoiled(Net):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) * (math.nan if batch_idx == 3 else 1.0)
-
     def fit(callbacks: list[Callback], **kwargs: Any) -> Net:
         if case.startswith("fused"):
             model, kwargs = Net(sgd(True)), {**kwargs, **precision("16-mixed")}
         else:
-            model = ManualNet(sgd(False)) if case.startswith("manual") else Spoiled(sgd(False))
+            model = Manual(sgd(False)) if case.startswith("manual") else BadBatches({3: math.nan}, sgd(False))
         trainer(*callbacks, **kwargs).fit(model, loader())
         return model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import pytorch_lightning
 import torch
 import yaml
-from helpers import dataset, weights
+from helpers import dataset, read_csv, weights
 from lightning_utilities.core.imports import RequirementCache
 from processes import run_program
 from torch import Tensor, nn
@@ -79,7 +78,7 @@ def fit(package: Any, folder: Path, callback: Any, manual: bool = False, epochs:
 def rows(folder: Path) -> list[dict[str, str]]:
     """What the CSV logger has written."""
     (path,) = folder.glob("**/metrics.csv")
-    return list(csv.DictReader(path.open()))
+    return read_csv(path)
 
 
 def callback_for(package: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import Net, loader, norm_of, trainer
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from models import Gradients
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
@@ -485,21 +486,11 @@ def test_logged_rows_tell_of_it_where_they_have_the_norms_of_steps(tmp_path, eve
 # --- what the report says ---------------------------------------------------------------------------------------------
 
 
-class Gradients(Callback):
-    """Keeps every gradient before it is clipped, each layer by itself."""
-
-    def __init__(self) -> None:
-        self.seen: list[np.ndarray] = []
-
-    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-        self.seen.append(torch.cat([p.grad.double().flatten() for p in pl_module.parameters()]).numpy())
-
-
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_the_figures_are_those_that_numpy_computes(algorithm):
     gradients, clipping, model = Gradients(), AutoClip(30, gradient_clip_algorithm=algorithm, window=20), Net()
     trainer(gradients, clipping, max_epochs=10, log_every_n_steps=5).fit(model, loader(scales=[1.0, 3.0, 0.5]))
-    by_value, seen = algorithm == "value", np.stack(gradients.seen)
+    by_value, seen = algorithm == "value", np.stack(gradients.gradients)
     norms = np.linalg.norm(seen, axis=1) / (math.sqrt(seen.shape[1]) if by_value else 1)
     thresholds = [np.percentile(norms[max(0, i - 19) : i + 1], 30) * (3 if by_value else 1) for i in range(len(norms))]
     if by_value:

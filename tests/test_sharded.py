@@ -9,13 +9,14 @@ from functools import cache, partial
 
 import pytest
 import torch
-from helpers import Batches, Net, assert_bit_equal, trainer
+from helpers import FACTORS, Batches, Net, assert_bit_equal, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
+from models import Figures
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -32,7 +33,6 @@ from torch.optim import SGD
 from lightning_autoclip import AutoClip, Constant, GradientClipper
 
 pytestmark = pytest.mark.distributed
-FACTORS = [20.0 if 48 <= row < 56 else 1.0 + row // 16 for row in range(80)]  # ten global batches of eight rows
 
 
 class FSDP2(Net):
@@ -167,16 +167,12 @@ class Spoil(Callback):
                 (gradient.to_local() if isinstance(gradient, DTensor) else gradient).fill_(math.nan)
 
 
-class Watch(Callback):
-    """Holds the norm, the threshold and the factor of every step."""
+class Watch(Figures):
+    """Notes the norm, the threshold and the factor of every step, and the weights at the end."""
 
-    def __init__(self):
-        self.steps, self.weights = [], {}
-
-    def on_train_batch_end(self, trainer, *args):
-        prefix = "autoclip/" if len(trainer.optimizers) == 1 else "autoclip/SGD/"
-        keys = ("grad_norm", "threshold", "clip_coef_mean")
-        self.steps.append([float(trainer.callback_metrics[prefix + key]) for key in keys])
+    def __init__(self, prefix):
+        super().__init__(*(prefix + key for key in ("grad_norm", "threshold", "clip_coef_mean")))
+        self.weights = {}
 
     def on_train_end(self, trainer, pl_module):  # at the teardown FSDP1 frees the weights
         self.weights = whole_weights(trainer.strategy.model)
@@ -199,7 +195,8 @@ def sgd(parameters):
 
 def train(net=Net, algorithm="norm", strategy="auto", epochs=2, ckpt=None, save=None, spoils=False):
     torch.manual_seed(0)
-    model, autoclip, watch = net(sgd), AutoClip(40, window=7, gradient_clip_algorithm=algorithm), Watch()
+    model, autoclip = net(sgd), AutoClip(40, window=7, gradient_clip_algorithm=algorithm)
+    watch = Watch("autoclip/SGD/" if net is MixedOptimizers else "autoclip/")
     devices = 1 if strategy == "auto" else 2
     options = {"max_epochs": epochs, "log_every_n_steps": 1, "use_distributed_sampler": False}
     callbacks = [*([Spoil()] if spoils else []), autoclip, watch]
@@ -213,7 +210,12 @@ def train(net=Net, algorithm="norm", strategy="auto", epochs=2, ckpt=None, save=
     clipper = autoclip.clippers[-1]  # the only one, or that of the plain layer
     record = clipper.history.recorded.tolist(), clipper.steps, clipper.nonfinite_total
     drifting = [str(warning.message) for warning in caught if "the ranks drift apart" in str(warning.message)]
-    return {"steps": torch.tensor(watch.steps), "weights": watch.weights, "record": record, "warnings": drifting}
+    return {
+        "steps": torch.tensor(list(watch.steps.values())),
+        "weights": watch.weights,
+        "record": record,
+        "warnings": drifting,
+    }
 
 
 def one_shard_only():

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from helpers import Net, loader, trainer, with_gradient
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from models import OneBackward
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import SGD, Adam, Optimizer
@@ -218,23 +220,9 @@ def test_a_step_that_is_not_finite_names_the_parameters_that_were_not(form: str,
     check_spikes(autoclip, expected_spikes(noting.steps[0], None))
 
 
-class TwoOptimizers(Net):
-    """Manual optimization: an optimizer for each layer, of which the second steps at every second batch only."""
-
+class TwoOptimizers(OneBackward):
     def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        first, second = self.optimizers()
-        self.zero_grad()
-        self.manual_backward(self.loss(batch))
-        first.step()
-        if batch_idx % 2:
-            second.step()
-
-    def configure_optimizers(self) -> list[Optimizer]:
-        return [SGD(self.net[0].parameters(), lr=0.05), Adam(self.net[2].parameters(), lr=0.01)]
+        super().__init__(partial(SGD, lr=0.05), partial(Adam, lr=0.01))
 
 
 def test_each_optimizer_has_spikes_of_its_own(form: str) -> None:

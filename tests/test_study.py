@@ -1,6 +1,5 @@
 """The study: it runs, goes on where it was stopped, and the documentation shows what it found."""
 
-import csv
 import os
 import re
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import read_csv
 
 ROOT = Path(__file__).parents[1]
 STUDY, DOCS = ROOT / "examples" / "study", ROOT / "docs"
@@ -27,11 +27,6 @@ def quick_study(out):
     return subprocess.run(command, env=environment, cwd=out, check=True, capture_output=True, text=True).stdout
 
 
-def rows_of(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
@@ -43,7 +38,7 @@ def test_the_quick_study_trains_every_rule_on_every_task_and_draws_what_it_found
     from study import QUICK_RULES, QUICK_TASKS
 
     out, printed = quick
-    rows = rows_of(out / "quick.csv")
+    rows = read_csv(out / "quick.csv")
     assert {(row["task"], row["rule"]) for row in rows} == {(t, r) for t in QUICK_TASKS for r in QUICK_RULES}
     assert len(rows) == len(QUICK_TASKS) * len(QUICK_RULES)
     assert (out / "study.png").stat().st_size > 20_000
@@ -53,8 +48,8 @@ def test_the_quick_study_trains_every_rule_on_every_task_and_draws_what_it_found
 @pytest.mark.distributed
 def test_regret_is_what_the_rows_say(quick):
     out, _ = quick
-    errors = {(row["task"], row["rule"]): float(row["error"]) for row in rows_of(out / "quick.csv")}
-    for row in rows_of(out / "summary.csv"):
+    errors = {(row["task"], row["rule"]): float(row["error"]) for row in read_csv(out / "quick.csv")}
+    for row in read_csv(out / "summary.csv"):
         best = min(error for (task, rule), error in errors.items() if task == row["task"] and rule.startswith("fixed"))
         regret = 100 * (errors[row["task"], row["rule"]] / best - 1)
         np.testing.assert_allclose(float(row["regret"]), regret, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ from helpers import Net, loader, norm_of, trainer
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from models import OptimizerPerLayer
 from test_logging import (
     KEYS,
     WINDOW,
     Noting,
     Row,
-    TwoOptimizers,
     check,
     check_steps,
     check_windows,
@@ -47,6 +48,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             monkeypatch.setenv(f"WANDB_{name}", value)
         wandb.teardown()  # the client keeps its settings from run to run
         yield server
+        wandb.finish()
         wandb.teardown()
 
 
@@ -152,7 +154,7 @@ def test_a_run_that_is_resumed_under_its_id_has_each_row_once(tmp_path: Path, se
 
 
 def test_each_of_two_optimizers_has_rows_of_its_own(tmp_path: Path, server: Server) -> None:
-    model = TwoOptimizers((Adam, SGD))
+    model = OptimizerPerLayer(partial(Adam, lr=0.01), partial(SGD, lr=0.01))
     fit(model, online(tmp_path), log_every_step=True)
     rows, prefixes = received(server), ("autoclip/Adam/", "autoclip/SGD/")
     for prefix, norms in zip(prefixes, model.norms, strict=True):
