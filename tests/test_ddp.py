@@ -146,6 +146,8 @@ def test_a_run_of_two_processes_resumes_on_one(folder, ranks):
     torch.testing.assert_close(resumed["weights"], ranks("norm")[0]["weights"], atol=1e-6, rtol=0)
 
 
-def test_the_callback_survives_being_pickled_by_ddp_spawn(tmp_path, ranks):
-    seen = train("nan", strategy=SpawnedDDP(tmp_path), devices=2)
+def test_the_callback_survives_being_pickled_by_ddp_spawn_and_says_that_the_main_process_has_no_record(tmp_path, ranks):
+    with pytest.warns(UserWarning, match="has no record of `AutoClip`: this process saw no step"):
+        seen = train("nan", strategy=SpawnedDDP(tmp_path), devices=2, save=tmp_path / "main.ckpt")
+    assert seen["record"] == []
     assert torch.equal(seen["weights"], ranks("nan")[0]["weights"])

@@ -62,6 +62,8 @@ class Recorder:
 
     def add(self, record: StepRecord, *, step: int, epoch: int, first_batch: int, last_batch: int) -> None:
         """Hold a record until the next row: with what the clipper does not know of it, as `Point` says."""
+        if self._on_device and isinstance(record.norm, Tensor) != isinstance(self._on_device[-1][1].norm, Tensor):
+            self._fetch()  # the host has read the one step, but not the other
         self._on_device.append(((step, epoch, first_batch, last_batch), record))
         if len(self._on_device) >= _MAX_ON_DEVICE:
             self._fetch()
