@@ -247,11 +247,11 @@ class Scopes:
         ours = {id(each) for each in wrapped_in(optimizer)}
         for index, candidate in enumerate(optimizers):
             if not ours.isdisjoint(map(id, wrapped_in(candidate))):
-                if index == len(self.optimizers):
-                    self.optimizers.append(OptimizerScopes(optimizer, self._free_prefix(optimizer)))
-                elif index < len(self.optimizers):
+                if index < len(self.optimizers):
                     self.optimizers[index].follow(optimizer)
-                return self.optimizers[index] if index < len(self.optimizers) else None
+                for joined in optimizers[len(self.optimizers) : index + 1]:
+                    self.optimizers.append(OptimizerScopes(joined, self._free_prefix(joined)))
+                return self.optimizers[index]
         return None
 
     def take_in(self, known: OptimizerScopes, named: Named) -> None:

@@ -34,6 +34,7 @@ from lightning_autoclip.clipping.optimizers import (
     skip_if_nonfinite,
     unscale_,
     unwrapped,
+    wrapped_in,
 )
 from lightning_autoclip.clipping.policies import Policy, threshold_of, threshold_on_device
 from lightning_autoclip.clipping.record import History
@@ -335,7 +336,7 @@ def _gate_of(
 ) -> StepGate | None:
     """Bind the clippers to the optimizer, and have its gate expect the step."""
     for clipper, _ in clippers:
-        clipper._bind(optimizer)
+        clipper._bind(wrapped_in(optimizer)[-1])  # the same one, also where a wrapper came before
     is_flat = shards is None and any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters)
     if is_flat and torch.distributed.get_world_size() > 1:
         raise ValueError(
@@ -368,13 +369,15 @@ def _clip_part(
         return None
     own_norms = at(norms, positions)
     own = norm if positions is None else norm_of(own_norms)
+    # Nobody else is to see what a step that is left out would have been. What is applied as it is, is clipped by group.
+    clips = own < math.inf if clipper.nonfinite == "ignore" and positions is not None else is_finite
     if clipper.gradient_clip_algorithm == "norm":
         threshold = clipper._decide(is_finite, own)
-        clip_norm_(tensors, own, threshold)
+        clip_norm_(tensors, own, threshold, clips)
         return StepRecord(own, _smaller(own, threshold), own, threshold, clipper._nonfinite, own_norms)
     statistic = _root_mean_square(own, at(numels, positions))
     threshold = clipper._decide(is_finite, statistic)
-    clip_value_(tensors, own, threshold)
+    clip_value_(tensors, threshold, clips)
     return StepRecord(own, _unknown(own), statistic, threshold, clipper._nonfinite, own_norms)
 
 

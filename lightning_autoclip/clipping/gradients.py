@@ -132,37 +132,37 @@ def are_shared(parameters: Iterable[Tensor], shards: Mapping[Tensor, Shard] | No
     return shards is not None or (dtensor is not None and any(isinstance(each, dtensor) for each in parameters))
 
 
-def clip_norm_(tensors: list[Tensor], norm: Number, threshold: Number) -> None:
-    """Multiply tensors by ``threshold / norm`` in place if the norm is finite and above the threshold.
+def clip_norm_(tensors: list[Tensor], norm: Number, threshold: Number, is_finite: bool | Tensor) -> None:
+    """Multiply tensors by ``threshold / norm`` in place if the norm is above the threshold.
 
-    At or under the threshold, and when the norm is not finite, no bit changes.
+    At or under the threshold no bit changes.
 
     Args:
         tensors: Gradients, or what this process holds of them.
         norm: The L2 norm of all the gradients, viewed as one vector.
         threshold: In the same units.
+        is_finite: Whether there is anything to clip: else no bit changes either.
     """
-    if not isinstance(norm, Tensor) or not isinstance(threshold, Tensor):
-        if threshold < norm < math.inf:
+    if not isinstance(norm, Tensor) or not isinstance(threshold, Tensor) or not isinstance(is_finite, Tensor):
+        if is_finite and threshold < norm:
             torch._foreach_mul_(tensors, float(threshold / norm))
         return
     unchanged = constant(1.0, norm.device)
-    factor = torch.fmin(torch.where(norm < math.inf, threshold / norm, unchanged), unchanged)
+    factor = torch.fmin(torch.where(is_finite, threshold / norm, unchanged), unchanged)
     for of_device, (factor_there,) in _by_device(tensors, factor):
         torch._foreach_mul_(of_device, factor_there)
 
 
-def clip_value_(tensors: list[Tensor], norm: Number, threshold: Number) -> None:
-    """Clamp every entry to ``[-threshold, threshold]`` in place if the norm is finite.
+def clip_value_(tensors: list[Tensor], threshold: Number, is_finite: bool | Tensor) -> None:
+    """Clamp every entry to ``[-threshold, threshold]`` in place.
 
     Args:
         tensors: Gradients, or what this process holds of them.
-        norm: The L2 norm of all the gradients. Where it is not finite no bit changes: a clamped infinity would hide
-            from a `GradScaler` that looks for it later.
         threshold: In units of an entry; ``inf`` leaves everything as it is.
+        is_finite: Whether there is anything to clamp: else no bit changes.
     """
-    if not isinstance(norm, Tensor) or not isinstance(threshold, Tensor):
-        if norm < math.inf and threshold < math.inf:
+    if not isinstance(threshold, Tensor) or not isinstance(is_finite, Tensor):
+        if is_finite and threshold < math.inf:
             for (device, dtype), alike in _grouped(tensors, lambda tensor: (tensor.device, tensor.dtype)).items():
                 bound = min(float(threshold), torch.finfo(dtype).max)
                 if _numbers.reads_are_free(device):
@@ -172,7 +172,7 @@ def clip_value_(tensors: list[Tensor], norm: Number, threshold: Number) -> None:
                     torch._foreach_clamp_min_(alike, -bound)
                     torch._foreach_clamp_max_(alike, bound)
         return
-    limit = torch.where(norm < math.inf, threshold, constant(math.inf, norm.device))
+    limit = torch.where(is_finite, threshold, constant(math.inf, threshold.device))
     for of_device, (low, high) in _by_device(tensors, -limit, limit):
         for tensor in of_device:
             tensor.clamp_(low, high)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -28,37 +29,24 @@ class LiveMetrics(dict[str, Any]):
         figures = {key: torch.tensor(value, dtype=torch.float32) for key, value in self._figures().items()}
         super().update(figures)
 
-    def __getitem__(self, key: str) -> Any:
-        self._refresh()
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """As of a dict."""
-        self._refresh()
-        return super().get(key, default)
-
-    def items(self) -> Any:
-        """As of a dict."""
-        self._refresh()
-        return super().items()
-
-    def values(self) -> Any:
-        """As of a dict."""
-        self._refresh()
-        return super().values()
-
-    def copy(self) -> dict[str, Any]:
-        """The metrics of now, in an ordinary dict."""
-        return dict(self.items())
-
-    def __iter__(self) -> Iterator[str]:  # also for `dict(metrics)`, which else copies without asking
+    def __iter__(self) -> Iterator[str]:  # of its own, or `dict(metrics)` and `{**metrics}` would copy without asking
         return super().__iter__()
 
-    def __repr__(self) -> str:
-        return repr(self.copy())
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # `copy.copy`, `copy.deepcopy`, pickle
+    def __reduce_ex__(self, protocol: Any) -> Any:  # of `copy.copy`, `copy.deepcopy` and pickle
         return dict, (self.copy(),)
+
+
+def _read(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def refreshed(self: LiveMetrics, *args: Any) -> Any:
+        self._refresh()
+        return method(self, *args)
+
+    return refreshed
+
+
+for _name in ("__getitem__", "__eq__", "__or__", "__ror__", "__repr__", "get", "items", "values", "copy", "pop"):
+    setattr(LiveMetrics, _name, _read(getattr(dict, _name)))
 
 
 def show(trainer: Any, figures: Callable[[], Mapping[str, float]]) -> None:
