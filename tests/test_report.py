@@ -21,10 +21,11 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_autoclip import AutoClip, Constant, GradientClipping
-from lightning_autoclip.monitoring.report import LEAST_STEPS, report_of
+from lightning_autoclip.monitoring.report import report_of
 from lightning_autoclip.monitoring.runs import read_run
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Trace
+from lightning_autoclip.monitoring.verdicts import LEAST_STEPS
 
 Data = tuple[Tensor, Tensor]
 

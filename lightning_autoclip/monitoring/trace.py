@@ -135,8 +135,8 @@ class Trace:
             "numels": list(self.numels),
             "bins": bins.reshape(-1, len(fields(Summary))),
             "width": self._width,
-            "largest": [astuple(spike) for spike in self.largest],
-            "nonfinite": [astuple(spike) for spike in self.nonfinite],
+            "largest": [(tuple(spike.point), spike.times, spike.parameters) for spike in self.largest],
+            "nonfinite": [(tuple(spike.point), spike.times, spike.parameters) for spike in self.nonfinite],
             "share_sums": self._share_sums.clone(),
             "share_steps": self._share_steps,
         }
@@ -173,8 +173,8 @@ class Trace:
             all(type(numel) is int for numel in self.numels) and len(self.numels) == len(self.names),
             self._share_sums.shape == (len(self.names),) and self._share_sums.dtype == torch.float64,
             all(type(count) is int for count in (self._width, self._share_steps)),
-            all(type(value) is int for spike in spikes for value in astuple(spike.point)[:4]),
-            all(type(value) is float for spike in spikes for value in (*astuple(spike.point)[4:], spike.times)),
+            all(type(value) is int for spike in spikes for value in spike.point[:4]),
+            all(type(value) is float for spike in spikes for value in (*spike.point[4:], spike.times)),
             all(type(name) is str for spike in spikes for name, _ in spike.parameters),
         )
         if not all(sound) or self._width < 1 or self._share_steps < 0:
