@@ -286,6 +286,7 @@ def test_logged_rows_of_a_sick_run_are_not_called_healthy(tmp_path, capsys, spik
     assert main(["report", logger.log_dir]) == 0
     printed = capsys.readouterr().out
     assert "Healthy" not in printed
+    assert "already clipped" not in printed
     assert not callback.report().healthy
 
 

@@ -146,11 +146,11 @@ class Summary:
         self.note_top(later.top, later.at_top)
 
     def note_top(self, norm: float, count: float = 1.0) -> None:
-        """Compare so many norms of one number with the largest one so far."""
+        """Compare so many norms of one number, which is nothing if it is 0, with the largest one so far."""
         # The number stays where it was first seen: one that moved with each norm would creep along with slow growth.
         if norm > self.top * (1 + SAME):
             self.top, self.at_top = norm, count
-        elif norm >= self.top * (1 - SAME):
+        elif norm > 0 and norm >= self.top * (1 - SAME):
             self.at_top += count
 
     @property
