@@ -196,7 +196,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         """Note the batch, for error messages and for steps without a backward pass."""
         self._batch_idx, self._backward_ran = batch_idx, False
         for known in self._scopes.optimizers:
-            known.first_batch = batch_idx if known.first_batch is None else known.first_batch
+            known.begin_batch(batch_idx)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that this batch has computed gradients."""

@@ -64,19 +64,20 @@ class OptimizerScopes:
         first_batch: Of the accumulation window that is going on.
         announced: How many steps Lightning has announced.
         measured: At how many of them there was a gradient.
+        passed_by: How many steps were made within batches that nobody has announced.
     """
 
     def __init__(self, optimizer: Any, prefix: str) -> None:
         self.prefix, self.scopes = prefix, dict[str, Scope]()
         self.first_batch: int | None = None
-        self.announced = self.measured = 0
+        self.announced = self.measured = self.passed_by = 0
         self.is_told_of = False
         self.follow(optimizer)
 
     def follow(self, optimizer: Any) -> None:
         """Go on with an optimizer that has taken the place of the one before."""
         self.optimizer, self._gate, self._seen = optimizer, StepGate.of(optimizer), list[int]()
-        self._passed_before = self._gate.passed_by if self._gate is not None else 0
+        self._passed_before = self._passed()
         for scope in self.scopes.values():
             scope.clipper.release()
 
@@ -96,10 +97,18 @@ class OptimizerScopes:
         """Whether the step that is being made has computed its gradients before."""
         return self._gate is not None and self._gate.computed > 1
 
-    @property
-    def passed_by(self) -> int:
-        """How many steps were made that nobody has announced."""
-        return self._gate.passed_by - self._passed_before if self._gate is not None else 0
+    def begin_batch(self, batch_idx: int) -> None:
+        """A batch is coming. Steps between batches (the learning rate finder's trial steps) are nobody's concern."""
+        self.first_batch = batch_idx if self.first_batch is None else self.first_batch
+        self._passed_before = self._passed()
+
+    def end_batch(self) -> None:
+        """A batch is through."""
+        self.passed_by += self._passed() - self._passed_before
+        self._passed_before = self._passed()
+
+    def _passed(self) -> int:
+        return 0 if self._gate is None else self._gate.passed_by
 
     @property
     def has_changed(self) -> bool:

@@ -47,6 +47,8 @@ class Telling:
         every = log_every(trainer) or _ROWS_WITHOUT_LOGGING
         if any(scope.recorder.is_due(every) for scope in self._scopes):
             self.flush(trainer)
+        for known in self._scopes.optimizers:
+            known.end_batch()
         self._batches += 1
         rows, rest = divmod(self._batches, every * trainer.accumulate_grad_batches)
         if not rest:

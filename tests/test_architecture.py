@@ -12,7 +12,7 @@ import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
 _CLIPPING = ["_numbers", "record", "metric", "policies", "gradients", "optimizers", "clipper"]
-_MONITORING = ["summary", "trace", "recorder", "report", "plot", "checkpoints", "runs", "suggest", "live"]
+_MONITORING = ["summary", "trace", "recorder", "verdicts", "report", "plot", "checkpoints", "runs", "suggest", "live"]
 _LOGGERS = ["wandb", "loggers", "workspace"]
 WITHOUT_LIGHTNING = [
     "_checks",

@@ -6,6 +6,7 @@ import io
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
@@ -242,3 +243,20 @@ def test_an_entry_that_holds_itself_is_damage(capsys):
     torch.save(checkpoint, "bad.ckpt")
     assert main(["report", "bad.ckpt"]) == 1
     assert "bad.ckpt is damaged" in capsys.readouterr().err
+
+
+def test_a_few_bytes_do_not_take_gigabytes(capsys):
+    """The index of a memo, and the strides of a tensor, are numbers that anybody can write."""
+    saved(None)
+    memo = b"\x80\x02}r" + (2**26).to_bytes(4, "little") + b"."
+    rewritten(lambda name, data: memo if name.endswith("data.pkl") else data)
+    tracemalloc.start()
+    assert main(["report", "bad.ckpt"]) == 1
+    checkpoint = torch.load("foreign.ckpt", weights_only=False)
+    record = checkpoint["callbacks"]["GradientClipping"]["optimizers"][0]["history"]
+    record["values"] = torch.zeros(1).expand(10**12)
+    torch.save(checkpoint, "bad.ckpt")
+    assert main(["report", "bad.ckpt"]) == 1
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert "a tensor of shape (1000000000000,) has 1 numbers" in capsys.readouterr().err

@@ -413,6 +413,7 @@ def test_the_settings_of_a_run_that_is_resumed_are_those_of_its_last_fit(tmp_pat
     logger.experiment.config.update({"lightning_autoclip": {**SETTINGS, "window": 3}}, allow_val_change=True)
     fit(Noting(), logger)
     assert logger.experiment.config["lightning_autoclip"] == SETTINGS
+    wandb.finish()
 
 
 def test_few_records_wait_on_the_device_however_far_apart_the_rows_are() -> None:

@@ -22,10 +22,11 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_autoclip import AutoClip, Constant, GradientClipping
-from lightning_autoclip.monitoring.report import LEAST_STEPS, report_of
+from lightning_autoclip.monitoring.report import report_of
 from lightning_autoclip.monitoring.runs import read_run
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Trace
+from lightning_autoclip.monitoring.verdicts import LEAST_STEPS
 
 Data = tuple[Tensor, Tensor]
 
@@ -563,8 +564,9 @@ def test_each_of_two_optimizers_has_a_section_of_its_own():
 
 def test_the_report_before_any_step_says_so():
     report = AutoClip().report()
-    assert (report.healthy, report.summary, str(report)) == (True, "too few steps to tell", "No step was seen.")
-    assert report.to_markdown() == "No step was seen."
+    assert (report.healthy, report.summary) == (True, "too few steps to tell")
+    assert str(report) == report.to_markdown()
+    assert str(report).startswith("No step was seen in this process.")
     assert report.to_dict() == {"healthy": True, "sections": []}
 
 

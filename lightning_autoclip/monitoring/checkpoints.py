@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,11 +54,23 @@ class _StoredTensor(_Inert):
         (_, storage_type, key, *_), offset, size, stride, *_ = self.arguments
         data, dtype = archive.read(f"{folder}data/{key}"), _DTYPES[storage_type.__name__]
         stored = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
+        if math.prod(size) > stored.numel():
+            raise ValueError(f"a tensor of shape {size} has {stored.numel()} numbers")
         return stored.as_strided(size, stride, offset).clone()
 
 
-class _Unpickler(pickle.Unpickler):
-    """Makes dicts, lists, tuples, strings and numbers; everything that has a class is inert."""
+class _Unpickler(pickle._Unpickler):
+    """Makes dicts, lists, tuples, strings and numbers; everything that has a class is inert.
+
+    The one in Python rather than the one in C, to which a number in a few bytes can be the size of an array that it
+    makes; and without what asks the process for classes that it knows by a number.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if bytes([code]) not in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8)
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import Any
@@ -20,7 +21,11 @@ class LiveMetrics(dict[str, Any]):
         figures: Gives the latest figures, always with the same keys.
     """
 
-    def __init__(self, metrics: Any = (), figures: Callable[[], Mapping[str, float]] = dict) -> None:
+    def __new__(cls, metrics: Any = (), figures: Any = None) -> Any:
+        """Without figures, an ordinary dict: that is what Lightning makes of it when the fit is over."""
+        return dict(metrics) if figures is None else super().__new__(cls)
+
+    def __init__(self, metrics: Any, figures: Callable[[], Mapping[str, float]]) -> None:
         super().__init__(metrics)
         self._figures = figures
         self._refresh()
@@ -32,8 +37,8 @@ class LiveMetrics(dict[str, Any]):
     def __iter__(self) -> Iterator[str]:  # of its own, or `dict(metrics)` and `{**metrics}` would copy without asking
         return super().__iter__()
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # of `copy.copy`, `copy.deepcopy` and pickle
-        return dict, (self.copy(),)
+    def __reduce_ex__(self, protocol: Any) -> Any:  # of `copy.deepcopy` and pickle; torch loads this class safely
+        return OrderedDict, (list(self.items()),)
 
 
 def _read(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,7 +86,7 @@ class Recorder:
         if isinstance(records[0].norm, Tensor):
             numbers = torch.stack([torch.stack(five) for five in numbers]).tolist()
             norms = norms if norms[0] is None else torch.stack(norms).cpu()
-        points = [Point(*place, *map(float, five)) for place, five in zip(places, numbers, strict=True)]
+        points = [Point(*place, *five) for place, five in zip(places, numbers, strict=True)]
         squares = None if norms[0] is None else torch.as_tensor(norms, dtype=torch.float64, device="cpu").square()
         self.trace.extend(points, squares)
         for point in points:
@@ -128,7 +127,7 @@ class Recorder:
         """One row for the steps that are held. Non-finite steps are counted and otherwise left out."""
         held, latest = self._summary, self._latest
         if not latest.finite:
-            latest = replace(latest, norm=math.nan, statistic=math.nan)
+            latest = latest._replace(norm=math.nan, statistic=math.nan)
         row = {
             "grad_norm": latest.norm,
             "grad_norm_mean": held.mean,

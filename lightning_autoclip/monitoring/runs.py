@@ -162,8 +162,7 @@ def is_settings(value: Any) -> bool:
         isinstance(value, dict)
         and value.get("gradient_clip_algorithm") in ("norm", "value")
         and {"max_threshold", "warmup_steps"} <= value.keys()
-        and isinstance(policy := value.get("policy"), dict)
-        and isinstance(policy.get("percentile", 0.0), (int, float))
+        and isinstance(value.get("policy"), dict)
     )
 
 

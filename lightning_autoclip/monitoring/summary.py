@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SAME = 1e-3  # norms that differ by no more than this part are one number
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One optimizer step on the host.
 
     Attributes:
@@ -131,23 +131,26 @@ class Summary:
         self.nonfinite += later.nonfinite
         self.zero += later.zero
         self.total += later.total
-        self.smallest = min(self.smallest, later.smallest)
-        self.largest = max(self.largest, later.largest)
+        if later.smallest < self.smallest:  # cheaper than `min`, once per step
+            self.smallest = later.smallest
+        if later.largest > self.largest:
+            self.largest = later.largest
         self.logs += later.logs
-        if not math.isnan(later.threshold):
+        if later.threshold == later.threshold:
             self.threshold = later.threshold
         self.measured += later.measured
         self.clipped += later.clipped
         self.coefs += later.coefs
-        self.coef_min = min(self.coef_min, later.coef_min)
+        if later.coef_min < self.coef_min:
+            self.coef_min = later.coef_min
         self.note_top(later.top, later.at_top)
 
     def note_top(self, norm: float, count: float = 1.0) -> None:
-        """Compare so many norms of one number with the largest one so far."""
+        """Compare so many norms of one number, which is nothing if it is 0, with the largest one so far."""
         # The number stays where it was first seen: one that moved with each norm would creep along with slow growth.
         if norm > self.top * (1 + SAME):
             self.top, self.at_top = norm, count
-        elif norm >= self.top * (1 - SAME):
+        elif norm > 0 and norm >= self.top * (1 - SAME):
             self.at_top += count
 
     @property

@@ -92,7 +92,8 @@ class Trace:
             self._keep_if_large(point, None if squares is None else squares[i])
         if squares is not None:
             shares = shares_of(squares)
-            self._share_sums += shares.sum(0)
+            for of_step in shares:  # in an order that does not depend on how many steps come at once
+                self._share_sums += of_step
             self._share_steps += shares.shape[0]
 
     def _halve(self) -> None:
@@ -135,8 +136,8 @@ class Trace:
             "numels": list(self.numels),
             "bins": bins.reshape(-1, len(fields(Summary))),
             "width": self._width,
-            "largest": [astuple(spike) for spike in self.largest],
-            "nonfinite": [astuple(spike) for spike in self.nonfinite],
+            "largest": [(tuple(spike.point), spike.times, spike.parameters) for spike in self.largest],
+            "nonfinite": [(tuple(spike.point), spike.times, spike.parameters) for spike in self.nonfinite],
             "share_sums": self._share_sums.clone(),
             "share_steps": self._share_steps,
         }
@@ -173,8 +174,8 @@ class Trace:
             all(type(numel) is int for numel in self.numels) and len(self.numels) == len(self.names),
             self._share_sums.shape == (len(self.names),) and self._share_sums.dtype == torch.float64,
             all(type(count) is int for count in (self._width, self._share_steps)),
-            all(type(value) is int for spike in spikes for value in astuple(spike.point)[:4]),
-            all(type(value) is float for spike in spikes for value in (*astuple(spike.point)[4:], spike.times)),
+            all(type(value) is int for spike in spikes for value in spike.point[:4]),
+            all(type(value) is float for spike in spikes for value in (*spike.point[4:], spike.times)),
             all(type(name) is str for spike in spikes for name, _ in spike.parameters),
         )
         if not all(sound) or self._width < 1 or self._share_steps < 0:
