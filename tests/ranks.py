@@ -48,15 +48,20 @@ def _work(rank: int, store: Path, runs: Connection) -> NoReturn:
     os.chdir(store.parent)
     try:
         join_group(rank, store)
-        while (run := runs.recv()) is not None:
+        while (run := _next(runs)) is not None:
             function, path = run
             torch.save(function(), f"{path}-{rank}.pt")
             runs.send(None)
         leave()
-    except EOFError:  # the tests are over, whatever ended them
-        leave(1)
     except BaseException:
         runs.send(traceback.format_exc())
+        leave(1)
+
+
+def _next(runs: Connection) -> tuple[Callable[[], Any], Path] | None:
+    try:
+        return runs.recv()
+    except EOFError:  # the tests are over, whatever ended them
         leave(1)
 
 
@@ -104,7 +109,8 @@ class TwoRanks:
             self._kill()
             return []
         for pipe in self._pipes:
-            pipe.send(None)
+            with suppress(ConnectionError):  # of a process that has died the exit code tells
+                pipe.send(None)
         for process in self._processes:
             process.join(TIME_LIMIT)
         codes = [process.exitcode for process in self._processes]
@@ -133,13 +139,13 @@ class TwoRanks:
         """Wait for both ranks to be through with the run that is their next."""
         path, waiting, told = next(iter(self.runs)), dict(zip(self._pipes, range(2), strict=True)), {}
         while waiting:
-            ready = wait(list(waiting), GRACE if told else TIME_LIMIT)
+            ready = wait(list(waiting), limit := GRACE if told else TIME_LIMIT)
             for pipe in ready:
                 rank = waiting.pop(pipe)
                 if (problem := self._read(pipe, rank)) is not None:
                     told[rank] = problem
             if not ready:
-                told |= dict.fromkeys(waiting.values(), f"is not through after {TIME_LIMIT} s: a deadlock?")
+                told |= dict.fromkeys(waiting.values(), f"is not through after {limit:.0f} s: a deadlock?")
                 break
         del self.runs[path]
         if told:
@@ -171,7 +177,7 @@ class _Launcher(_MultiProcessingLauncher):
 
     def launch(self, *args: Any, **kwargs: Any) -> Any:
         def give_up() -> None:
-            print(f"Lightning's processes are not through after {TIME_LIMIT} s: a deadlock?", file=sys.stderr)
+            print(f"Lightning's processes are not through after {TIME_LIMIT:.0f} s: a deadlock?", file=sys.stderr)
             for process in self.procs:
                 process.kill()  # which Lightning raises
 
