@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -172,7 +172,7 @@ class TwoRanks:
         self._processes, self._pipes = [], []
 
 
-class _Launcher(_MultiProcessingLauncher):
+class _LeavingMultiProcessingLauncher(_MultiProcessingLauncher):
     """Lightning's, but with a limit of time and processes that leave by :func:`leave`."""
 
     def launch(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,14 +194,14 @@ class _Launcher(_MultiProcessingLauncher):
 
 
 class SpawnedDDP(DDPStrategy):
-    """``ddp_spawn`` on two processes, whose rendezvous is a file in ``folder``."""
+    """``ddp_spawn`` on two processes, whose rendezvous is a file in ``folder``; or from the server, which is faster."""
 
-    def __init__(self, folder: Path, **kwargs: Any) -> None:
-        super().__init__(start_method="spawn", **kwargs)
+    def __init__(self, folder: Path, start_method: Literal["spawn", "forkserver"] = "spawn") -> None:
+        super().__init__(start_method=start_method)
         self.folder = folder
 
     def _configure_launcher(self) -> None:
-        self._launcher = _Launcher(self, start_method="spawn")
+        self._launcher = _LeavingMultiProcessingLauncher(self, start_method=self._start_method)
 
     def setup_distributed(self) -> None:
         self.set_world_ranks()

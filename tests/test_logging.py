@@ -485,7 +485,8 @@ class FilePerRank(Logger):
 
 @pytest.mark.distributed
 def test_only_rank_zero_logs(tmp_path: Path) -> None:
-    fit(Noting(), FilePerRank(tmp_path), log_every_step=True, devices=2, strategy=SpawnedDDP(tmp_path), bad={})
+    strategy = SpawnedDDP(tmp_path, "forkserver")
+    fit(Noting(), FilePerRank(tmp_path), log_every_step=True, devices=2, strategy=strategy, bad={})
     zero, one = ([json.loads(line) for line in (tmp_path / rank).read_text().splitlines()] for rank in "01")
     assert [row["step"] for row in zero if "autoclip/grad_norm" in row] == [4, 7]
     assert [row["step"] for row in zero if "autoclip/step/threshold" in row] == [*range(8)]
