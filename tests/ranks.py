@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -48,15 +48,20 @@ def _work(rank: int, store: Path, runs: Connection) -> NoReturn:
     os.chdir(store.parent)
     try:
         join_group(rank, store)
-        while (run := runs.recv()) is not None:
+        while (run := _next(runs)) is not None:
             function, path = run
             torch.save(function(), f"{path}-{rank}.pt")
             runs.send(None)
         leave()
-    except EOFError:  # the tests are over, whatever ended them
-        leave(1)
     except BaseException:
         runs.send(traceback.format_exc())
+        leave(1)
+
+
+def _next(runs: Connection) -> tuple[Callable[[], Any], Path] | None:
+    try:
+        return runs.recv()
+    except EOFError:  # the tests are over, whatever ended them
         leave(1)
 
 
@@ -104,7 +109,8 @@ class TwoRanks:
             self._kill()
             return []
         for pipe in self._pipes:
-            pipe.send(None)
+            with suppress(ConnectionError):  # of a process that has died the exit code tells
+                pipe.send(None)
         for process in self._processes:
             process.join(TIME_LIMIT)
         codes = [process.exitcode for process in self._processes]
@@ -133,13 +139,13 @@ class TwoRanks:
         """Wait for both ranks to be through with the run that is their next."""
         path, waiting, told = next(iter(self.runs)), dict(zip(self._pipes, range(2), strict=True)), {}
         while waiting:
-            ready = wait(list(waiting), GRACE if told else TIME_LIMIT)
+            ready = wait(list(waiting), limit := GRACE if told else TIME_LIMIT)
             for pipe in ready:
                 rank = waiting.pop(pipe)
                 if (problem := self._read(pipe, rank)) is not None:
                     told[rank] = problem
             if not ready:
-                told |= dict.fromkeys(waiting.values(), f"is not through after {TIME_LIMIT} s: a deadlock?")
+                told |= dict.fromkeys(waiting.values(), f"is not through after {limit:.0f} s: a deadlock?")
                 break
         del self.runs[path]
         if told:
@@ -166,12 +172,12 @@ class TwoRanks:
         self._processes, self._pipes = [], []
 
 
-class _Launcher(_MultiProcessingLauncher):
+class _LeavingMultiProcessingLauncher(_MultiProcessingLauncher):
     """Lightning's, but with a limit of time and processes that leave by :func:`leave`."""
 
     def launch(self, *args: Any, **kwargs: Any) -> Any:
         def give_up() -> None:
-            print(f"Lightning's processes are not through after {TIME_LIMIT} s: a deadlock?", file=sys.stderr)
+            print(f"Lightning's processes are not through after {TIME_LIMIT:.0f} s: a deadlock?", file=sys.stderr)
             for process in self.procs:
                 process.kill()  # which Lightning raises
 
@@ -188,14 +194,14 @@ class _Launcher(_MultiProcessingLauncher):
 
 
 class SpawnedDDP(DDPStrategy):
-    """``ddp_spawn`` on two processes, whose rendezvous is a file in ``folder``."""
+    """``ddp_spawn`` on two processes, whose rendezvous is a file in ``folder``; or from the server, which is faster."""
 
-    def __init__(self, folder: Path, **kwargs: Any) -> None:
-        super().__init__(start_method="spawn", **kwargs)
+    def __init__(self, folder: Path, start_method: Literal["spawn", "forkserver"] = "spawn") -> None:
+        super().__init__(start_method=start_method)
         self.folder = folder
 
     def _configure_launcher(self) -> None:
-        self._launcher = _Launcher(self, start_method="spawn")
+        self._launcher = _LeavingMultiProcessingLauncher(self, start_method=self._start_method)
 
     def setup_distributed(self) -> None:
         self.set_world_ranks()

@@ -15,7 +15,7 @@ from helpers import Net, loader, trainer, weights, with_gradient
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
-from processes import SERVER
+from processes import SERVER, TIME_LIMIT
 from torch import nn
 from torchmetrics import MetricCollection
 
@@ -119,7 +119,7 @@ def train_until_killed(folder):
 def test_a_killed_run_that_is_resumed_takes_the_same_steps_as_an_uninterrupted_one(tmp_path):
     process = SERVER.Process(target=train_until_killed, args=(str(tmp_path),))
     process.start()
-    process.join(timeout=50)
+    process.join(TIME_LIMIT)
     process.kill()
     assert process.exitcode == -signal.SIGKILL
     assert load(tmp_path / "last.ckpt")["global_step"] == 20  # of the 25 steps that were taken

@@ -22,6 +22,7 @@ import wandb
 from helpers import Net, loader, norm_of, trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from processes import TIME_LIMIT
 from ranks import SpawnedDDP
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import Tensor
@@ -304,7 +305,7 @@ def test_what_a_checkpoint_counts_as_done_is_on_disk_when_the_process_dies(tmp_p
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
-    process.join(60)
+    process.join(TIME_LIMIT)
     assert process.exitcode == 9
     assert [row["step"] for row in rows(tmp_path) if "autoclip/step/grad_norm" in row] == [*range(7)]
 
@@ -485,7 +486,8 @@ class FilePerRank(Logger):
 
 @pytest.mark.distributed
 def test_only_rank_zero_logs(tmp_path: Path) -> None:
-    fit(Noting(), FilePerRank(tmp_path), log_every_step=True, devices=2, strategy=SpawnedDDP(tmp_path), bad={})
+    strategy = SpawnedDDP(tmp_path, "forkserver")
+    fit(Noting(), FilePerRank(tmp_path), log_every_step=True, devices=2, strategy=strategy, bad={})
     zero, one = ([json.loads(line) for line in (tmp_path / rank).read_text().splitlines()] for rank in "01")
     assert [row["step"] for row in zero if "autoclip/grad_norm" in row] == [4, 7]
     assert [row["step"] for row in zero if "autoclip/step/threshold" in row] == [*range(8)]

@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from models import OneBackward
+from processes import TIME_LIMIT
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim import SGD, Adam, Optimizer
@@ -349,7 +350,7 @@ def test_a_resumed_run_has_the_spikes_and_shares_of_an_uninterrupted_one(
     if how == "killed":
         process = multiprocessing.get_context("fork").Process(target=interrupted)
         process.start()
-        process.join(60)
+        process.join(TIME_LIMIT)
         assert process.exitcode == 9
     elif how == "exception":
         with pytest.raises(ZeroDivisionError):

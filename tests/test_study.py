@@ -1,16 +1,13 @@
 """The study: it runs, goes on where it was stopped, and the documentation shows what it found."""
 
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import read_csv
+from processes import ROOT, run_program
 
-ROOT = Path(__file__).parents[1]
 STUDY, DOCS = ROOT / "examples" / "study", ROOT / "docs"
 
 
@@ -21,16 +18,17 @@ def study_on_path():
     sys.path.remove(str(STUDY))
 
 
-def quick_study(out):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, STUDY / "study.py", "--quick", "--steps=6", "--seeds=1", "--processes=2", "--out", out]
-    return subprocess.run(command, env=environment, cwd=out, check=True, capture_output=True, text=True).stdout
+def quick_study(out, processes):
+    arguments = ["--quick", "--steps=6", "--seeds=1", f"--processes={processes}", "--out", out]
+    done = run_program(STUDY / "study.py", *arguments, cwd=out)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
-    return out, quick_study(out)
+    return out, quick_study(out, processes=2)
 
 
 @pytest.mark.distributed
@@ -56,12 +54,12 @@ def test_regret_is_what_the_rows_say(quick):
 
 
 @pytest.mark.distributed
-def test_a_study_that_was_stopped_goes_on_where_it_was_and_repeats_to_the_bit(quick):
+def test_a_study_that_was_stopped_goes_on_where_it_was_and_repeats_to_the_bit_on_fewer_processes(quick):
     out, _ = quick
     path = out / "quick.csv"
     whole = path.read_text().splitlines(keepends=True)
     path.write_text("".join(whole[:-5]))
-    assert f"{len(whole) - 6} trainings are done, 5 to do" in quick_study(out)
+    assert f"{len(whole) - 6} trainings are done, 5 to do" in quick_study(out, processes=1)
     without_seconds = [{line.rsplit(",", 1)[0] for line in lines} for lines in (whole, path.read_text().splitlines())]
     assert without_seconds[0] == without_seconds[1]
 

@@ -21,6 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from models import OptimizerPerLayer
+from processes import ROOT, TIME_LIMIT
 from test_logging import (
     KEYS,
     WINDOW,
@@ -123,9 +124,12 @@ def crash() -> None:
 
 
 def test_a_run_that_crashes_delivers_its_rows_and_is_marked_failed(server: Server) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    # An interpreter of its own: W&B learns of a crash from `sys.excepthook`, and of the end from `atexit`.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     code = "import test_wandb_online; test_wandb_online.crash()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=TIME_LIMIT
+    )
     assert done.returncode == 1
     assert "ValueError: stop" in done.stderr
     assert server.runs["run"].exit_code == 1

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from processes import TIME_LIMIT
 from wandb.proto.wandb_internal_pb2 import MetricRecord, Record
 
 _HEADER, _BLOCK = 7, 32 * 1024  # length of the file's header and of each chunk's; no chunk crosses a block
@@ -31,7 +32,7 @@ def read_runs(directory: Path) -> list[Run]:
 
 
 def _read_run(path: Path) -> Run:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + TIME_LIMIT
     while not (records := [*_records(path.read_bytes())]) or not records[-1].HasField("exit"):
         assert time.monotonic() < deadline, f"{path} has no exit record"
         time.sleep(0.02)  # `finish` can return before the client has written everything
