@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lightning_autoclip.callback import GradientClipping
-from lightning_autoclip.clipping.clipper import Algorithm, NonFinite
 from lightning_autoclip.clipping.policies import Percentile
+from lightning_autoclip.clipping.threshold import Algorithm, NonFinite
 from lightning_autoclip.groups import Groups
 
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from lightning_autoclip._checks import check_bool, check_integer, check_number
-from lightning_autoclip.clipping.clipper import Algorithm, GradientClipper, NonFinite
+from lightning_autoclip.clipping.clipper import GradientClipper
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.clipping.policies import Policy
+from lightning_autoclip.clipping.threshold import Algorithm, NonFinite
 from lightning_autoclip.groups import Groups
 from lightning_autoclip.monitoring.plot import plot_of
 from lightning_autoclip.monitoring.report import Report, report_of
@@ -29,10 +27,11 @@ from lightning_autoclip.strategies import (
     check_trainer,
     clipping_under,
     grad_scaler,
+    in_a_loop,
     parameter_names,
     trains_in_others,
 )
-from lightning_autoclip.telling import Telling, log_every
+from lightning_autoclip.telling import Telling, located, log_every
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,22 +39,6 @@ if TYPE_CHECKING:
 # The LightningCLI of `pytorch_lightning`, and before 2.6 its Trainer, take nothing that is not of its own base class.
 # Who uses them has imported it; nobody else is made to.
 _OTHERS = (sys.modules["pytorch_lightning"].Callback,) if "pytorch_lightning" in sys.modules else ()
-
-_LAYER_DEPTH = 2  # of `log_layers=True`
-_Hook = TypeVar("_Hook", bound=Callable[..., Any])
-
-
-def _in_a_loop(hook: _Hook) -> _Hook:
-    """No `StopIteration` leaves the hook: Lightning's loops would take it for the end of the data, without a word."""
-
-    @wraps(hook)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return hook(*args, **kwargs)
-        except StopIteration as error:
-            raise RuntimeError(f"`{hook.__name__}` met a StopIteration.") from error
-
-    return guarded  # type: ignore[return-value]
 
 
 class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
@@ -117,19 +100,9 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             max_threshold=max_threshold,
             nonfinite=nonfinite,
         )
-        depth = int(log_layers) * _LAYER_DEPTH if isinstance(log_layers, bool) else log_layers
-        depth = check_integer("log_layers", depth, "a bool, or a number of names of at least 0", 0)
-        self._scopes = Scopes(self._settings, check_bool("log_every_step", log_every_step), depth)
-        if alert_above is not None:
-            alert_above = check_number("alert_above", alert_above, "a number of at least 1, or `None`", 1)
-        self._telling = Telling(
-            type(self).__name__,
-            self._scopes,
-            self._settings,
-            check_bool("verbose", verbose),
-            histogram=check_bool("log_histogram", log_histogram),
-            alert_above=alert_above,
-        )
+        self._scopes = Scopes(self._settings, log_every_step, log_layers)
+        name = type(self).__name__
+        self._telling = Telling(name, self._scopes, self._settings, verbose, log_histogram, alert_above)
         self._clipping: InPlace | ZeroEngine | None = None
         self._stage: str | None = None
         self._batch_idx: int | None = None
@@ -191,7 +164,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     # --- every step ---------------------------------------------------------------------------------------------------
 
-    @_in_a_loop
+    @in_a_loop
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the batch, for error messages and for steps without a backward pass."""
         self._batch_idx, self._backward_ran = batch_idx, False
@@ -202,7 +175,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         """Note that this batch has computed gradients."""
         self._backward_ran = True
 
-    @_in_a_loop
+    @in_a_loop
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, record, decide, clip."""
         if self._clipping is None or not self._clipping.is_at_a_step():
@@ -234,9 +207,9 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             known.keep(self._clipping.clip(parts, optimizer, scaler), *where)
         except NonFiniteGradientError as error:
             known.keep(error.records, *where)
-            raise self._located(error, trainer, pl_module) from None
+            raise located(error, trainer, pl_module, self._batch_idx) from None
 
-    @_in_a_loop
+    @in_a_loop
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -357,17 +330,3 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
     def plot(self) -> Figure:
         """Norms on a log scale, thresholds, clipped and non-finite steps, the largest norms: needs matplotlib."""
         return plot_of(self.traces, self._settings.of_run())
-
-    def _located(
-        self, error: NonFiniteGradientError, trainer: Trainer, pl_module: LightningModule
-    ) -> NonFiniteGradientError:
-        """The error with what only the Trainer knows: step, batch and the parameters' names."""
-        names = dict(reversed(parameter_names(pl_module)))
-        bad = ", ".join(names.get(id(parameter), "(not in the model)") for parameter in error.parameters)
-        which = f" They are: {bad}." if bad else ""  # an engine does not tell
-        where = f"At optimizer step {trainer.global_step} (epoch {trainer.current_epoch}, batch {self._batch_idx}):"
-        return NonFiniteGradientError(
-            f'{where} {error}{which} Look at that batch, or use `nonfinite="skip"` to leave such steps out.',
-            error.parameters,
-            error.records,
-        )

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from lightning_autoclip._checks import check_bool, check_integer
 from lightning_autoclip.clipping.clipper import GradientClipper, StepRecord
 from lightning_autoclip.clipping.optimizers import StepGate, parameters_of, wrapped_in
 from lightning_autoclip.groups import group_by_id, positions_by_group
@@ -17,6 +18,7 @@ from lightning_autoclip.monitoring.recorder import Recorder
 from lightning_autoclip.monitoring.trace import Trace
 from lightning_autoclip.settings import Settings
 
+_LAYER_DEPTH = 2  # of `log_layers=True`
 Named = Sequence[tuple[int, str]]
 """The ids of the parameters with their names."""
 
@@ -178,12 +180,14 @@ class Scopes:
 
     Args:
         settings: How they are clipped.
-        every_step: Whether each step gets a row of its own, as in `Recorder`.
-        layer_depth: Likewise.
+        log_every_step: As in `GradientClipping`.
+        log_layers: Likewise.
     """
 
-    def __init__(self, settings: Settings, every_step: bool = False, layer_depth: int = 0) -> None:
-        self._settings, self._every_step, self._layer_depth = settings, every_step, layer_depth
+    def __init__(self, settings: Settings, log_every_step: bool = False, log_layers: bool | int = False) -> None:
+        self._settings, self._every_step = settings, check_bool("log_every_step", log_every_step)
+        depth = int(log_layers) * _LAYER_DEPTH if isinstance(log_layers, bool) else log_layers
+        self._layer_depth = check_integer("log_layers", depth, "a bool, or a number of names of at least 0", 0)
         self._measure_every = 1
         self._by_prefix: dict[str, Scope] = {}
         self.optimizers: list[OptimizerScopes] = []

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_autoclip._checks import check_bool, check_number
+from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.monitoring import live, loggers
 from lightning_autoclip.monitoring.report import Report
 from lightning_autoclip.scopes import Scopes
 from lightning_autoclip.settings import Settings
+from lightning_autoclip.strategies import parameter_names
 
 _ROWS_WITHOUT_LOGGING = 1024  # steps between two summaries with `Trainer(log_every_n_steps=0)`
 
@@ -24,13 +27,25 @@ class Telling:
         name: What the callback is called.
         scopes: What happens.
         settings: How it is clipped.
-        verbose: Whether the report is printed at the end.
-        options: Keyword arguments of :func:`loggers.send`: histogram and alerts.
+        verbose: As in `GradientClipping`, as the following.
+        log_histogram: Whether a histogram of the norms is logged too.
+        alert_above: Of what norms an alert is sent.
     """
 
-    def __init__(self, name: str, scopes: Scopes, settings: Settings, verbose: bool, **options: Any) -> None:
+    def __init__(
+        self,
+        name: str,
+        scopes: Scopes,
+        settings: Settings,
+        verbose: bool,
+        log_histogram: bool,
+        alert_above: float | None,
+    ) -> None:
         self._name, self._scopes, self._settings = name, scopes, settings
-        self._verbose, self._options = verbose, options
+        if alert_above is not None:
+            alert_above = check_number("alert_above", alert_above, "a number of at least 1, or `None`", 1)
+        self._verbose, histogram = check_bool("verbose", verbose), check_bool("log_histogram", log_histogram)
+        self._options: dict[str, Any] = {"histogram": histogram, "alert_above": alert_above}
         self._batches = 0  # of this fit
         self._told = 0  # how many non-finite steps the user knows of
         self._has_told = False  # in this fit
@@ -110,6 +125,21 @@ class Telling:
             if not known.is_told_of and (why := known.why_not_clipped(has_ended)):
                 known.is_told_of = True
                 rank_zero_warn(f"`{self._name}` {why}")
+
+
+def located(
+    error: NonFiniteGradientError, trainer: Trainer, pl_module: LightningModule, batch_idx: int | None
+) -> NonFiniteGradientError:
+    """The error with what only the Trainer knows: step, batch and the parameters' names."""
+    names = dict(reversed(parameter_names(pl_module)))
+    bad = ", ".join(names.get(id(parameter), "(not in the model)") for parameter in error.parameters)
+    which = f" They are: {bad}." if bad else ""  # an engine does not tell
+    where = f"At optimizer step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch_idx}):"
+    return NonFiniteGradientError(
+        f'{where} {error}{which} Look at that batch, or use `nonfinite="skip"` to leave such steps out.',
+        error.parameters,
+        error.records,
+    )
 
 
 def log_every(trainer: Trainer) -> int:

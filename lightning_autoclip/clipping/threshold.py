@@ -1,0 +1,124 @@
+"""The threshold of some gradients: a record of their norms, and what a policy makes of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_autoclip._checks import check_choice, check_integer, check_positive
+from lightning_autoclip.clipping._numbers import Number, constant, single
+from lightning_autoclip.clipping.policies import Policy, threshold_of, threshold_on_device
+from lightning_autoclip.clipping.record import History
+
+Algorithm = Literal["norm", "value"]
+NonFinite = Literal["skip", "raise", "ignore"]
+
+
+class Threshold:
+    """Records a statistic of each step and sets the threshold: all of `GradientClipper` that touches no gradient."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        gradient_clip_algorithm: Algorithm = "norm",
+        window: int | None = 100,
+        warmup_steps: int = 0,
+        max_threshold: float | None = None,
+        nonfinite: NonFinite = "skip",
+    ) -> None:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"Expected `policy` to be a `Policy` such as `Percentile(10)`, but got {policy!r}.")
+        algorithms, reactions = get_args(Algorithm), get_args(NonFinite)
+        self.policy = policy
+        self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, algorithms)
+        self.nonfinite = check_choice("nonfinite", nonfinite, reactions)
+        self.warmup_steps = check_integer("warmup_steps", warmup_steps, "an integer of at least 0", 0)
+        self.max_threshold = math.inf if max_threshold is None else check_positive("max_threshold", max_threshold)
+        self.history = History(window)
+        self.steps = 0
+        self.clipped_norm_every = 1  # steps, by value; the callback is content with a few per row
+        self._until_measured = 0
+        self._nonfinite: Number = 0.0
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments other than the policy, as plain values that a checkpoint can hold."""
+        return {
+            "gradient_clip_algorithm": self.gradient_clip_algorithm,
+            "window": self.history.window,
+            "warmup_steps": self.warmup_steps,
+            "max_threshold": self.max_threshold if self.max_threshold < math.inf else None,
+            "nonfinite": self.nonfinite,
+        }
+
+    def decide(self, is_finite: bool | Tensor, statistic: Number) -> Number:
+        """Record the step and return its threshold.
+
+        Args:
+            is_finite: Whether the whole gradient is, of which this clipper may have a part: whether the step counts.
+            statistic: Of this clipper's part: what is recorded.
+        """
+        self.steps += 1
+        # A gradient of exactly zero moves nothing and tells no scale; enough of them (hinge losses, masked batches)
+        # would pull a percentile to zero and stop the training for good.
+        if isinstance(is_finite, Tensor) and isinstance(statistic, Tensor):
+            self._nonfinite = is_finite.logical_not().to(torch.float32) + self._nonfinite
+            self.history.record(statistic, is_finite & (statistic > 0))
+            most = constant(self.max_threshold, statistic.device)
+            if self.steps <= self.warmup_steps:
+                return most
+            return torch.fmin(threshold_on_device(self.policy, self.history, statistic.device), most)
+        self._nonfinite = float(self._nonfinite) + (not is_finite)
+        if is_finite and statistic > 0:
+            self.history.record(statistic)
+        limit = single(self.max_threshold)
+        if self.steps <= self.warmup_steps or not len(self.history):
+            return limit
+        threshold = threshold_of(self.policy, self.history)
+        return threshold if threshold < limit else limit
+
+    def is_measured(self, is_finite: bool | Tensor) -> bool:
+        """By value, whether the norm after clipping is measured at this step: it is one more read of the gradients."""
+        if self._until_measured > 0:
+            self._until_measured -= 1
+            return False
+        if isinstance(is_finite, Tensor) or is_finite:  # else the next one
+            self._until_measured = self.clipped_norm_every - 1
+        return True
+
+    def measure_next(self) -> None:
+        """Measure what clipping by value does at the next step, and from there on every so many steps again."""
+        self._until_measured = 0
+
+    @property
+    def nonfinite_total(self) -> int:
+        """How many steps so far had a NaN or an infinity in their gradient. Reads the host."""
+        return int(self._nonfinite)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What happened so far, as tensors and ints; loads with ``torch.load(..., weights_only=True)``."""
+        return {"steps": self.steps, "nonfinite_total": self.nonfinite_total, "history": self.history.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned.
+
+        A smaller ``window`` than the one the state was made with keeps the newest values; a larger one starts with
+        what there is.
+
+        Raises:
+            ValueError: An entry is missing, damaged, or not one of this class.
+        """
+        history = History(self.history.window)
+        try:
+            steps = check_integer("steps", state_dict["steps"], "a count", 0)
+            nonfinite_total = check_integer("nonfinite_total", state_dict["nonfinite_total"], "a count", 0)
+            history.load_state_dict(state_dict["history"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"The state of a `GradientClipper` is damaged or not one: {error!r}.") from error
+        if bool((history.recorded <= 0).any()):
+            raise ValueError("The state of a `GradientClipper` is damaged: its norms are not all above 0.")
+        self.history, self.steps, self._nonfinite = history, steps, float(min(nonfinite_total, steps))
