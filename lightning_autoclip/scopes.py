@@ -61,6 +61,7 @@ class OptimizerScopes:
 
     Attributes:
         optimizer: The one that steps now.
+        gate: What stands before its steps.
         prefix: What its keys start with.
         scopes: By the name of the group, which ends in a slash; by no name without groups.
         first_batch: Of the accumulation window that is going on.
@@ -78,39 +79,30 @@ class OptimizerScopes:
 
     def follow(self, optimizer: Any) -> None:
         """Go on with an optimizer that has taken the place of the one before."""
-        self.optimizer, self._gate, self._seen = optimizer, StepGate.of(optimizer), list[int]()
-        self._passed_before = self._passed()
+        self.optimizer, self.gate, self._seen = optimizer, StepGate.of(optimizer), list[int]()
+        self._passed_before = self.gate.passed_by
         for scope in self.scopes.values():
             scope.clipper.release()
 
     def announce(self) -> None:
         """A step is coming."""
         self.announced += 1
-        if self._gate is not None:
-            self._gate.expect(self.optimizer)
-
-    def settle(self) -> None:
-        """Say that no step is being made now."""
-        if self._gate is not None:
-            self._gate.settle()
+        self.gate.expect(self.optimizer)
 
     @property
     def computes_again(self) -> bool:
         """Whether the step that is being made has computed its gradients before."""
-        return self._gate is not None and self._gate.computed > 1
+        return self.gate.computed > 1
 
     def begin_batch(self, batch_idx: int) -> None:
         """A batch is coming. Steps between batches (the learning rate finder's trial steps) are nobody's concern."""
         self.first_batch = batch_idx if self.first_batch is None else self.first_batch
-        self._passed_before = self._passed()
+        self._passed_before = self.gate.passed_by
 
     def end_batch(self) -> None:
         """A batch is through."""
-        self.passed_by += self._passed() - self._passed_before
-        self._passed_before = self._passed()
-
-    def _passed(self) -> int:
-        return 0 if self._gate is None else self._gate.passed_by
+        self.passed_by += self.gate.passed_by - self._passed_before
+        self._passed_before = self.gate.passed_by
 
     @property
     def has_changed(self) -> bool:
@@ -241,7 +233,7 @@ class Scopes:
             scope.clipper.release()  # a second fit has new optimizers
             scope.clipper.clipped_norm_every = measure_every
         for known in self.optimizers:
-            known.settle()
+            known.gate.settle()
             known.take_in(found[known.prefix], self._scope, named)
 
     def of(self, optimizer: Any, optimizers: Sequence[Any]) -> OptimizerScopes | None:

@@ -226,7 +226,7 @@ def _gate_of(
     clippers: Sequence[tuple[GradientClipper, Any]],
     parameters: Sequence[Any],
     shards: Mapping[Tensor, Shard] | None,
-) -> StepGate | None:
+) -> StepGate:
     """Bind the clippers to the optimizer, and have its gate expect the step."""
     for clipper, _ in clippers:
         clipper._bind(wrapped_in(optimizer)[-1])  # the same one, also where a wrapper came before
@@ -237,8 +237,8 @@ def _gate_of(
             " process would clip its part at a threshold of its own. Shard with `fully_shard` (FSDP2), whose"
             " gradients tell what is held, or use a Trainer with the callback."
         )
-    if (gate := StepGate.of(optimizer)) is not None:
-        gate.expect(optimizer)
+    gate = StepGate.of(optimizer)
+    gate.expect(optimizer)
     return gate
 
 

@@ -95,14 +95,16 @@ class StepGate:
     The optimizer's own step hooks do it, where Lightning computes the gradients inside of the step (``closure``) too.
 
     Attributes:
+        has_hooks: Whether the optimizer has step hooks of torch. Else nothing is known of its steps, and gradients are
+            taken away for good.
         computed: How many times the step that is being made has computed gradients.
         passed_by: How many steps were made that :meth:`expect` did not announce.
     """
 
     _all: ClassVar[WeakKeyDictionary[Any, StepGate]] = WeakKeyDictionary()
 
-    def __init__(self) -> None:
-        self.computed = self.passed_by = 0
+    def __init__(self, has_hooks: bool) -> None:
+        self.has_hooks, self.computed, self.passed_by = has_hooks, 0, 0
         self._is_expected = self._leaves_out = False
         self._is_young = True  # whether the hooks may be younger than the step that is being made
         self._depth = 0  # a subclass's step may call its parent's, and both have the hooks
@@ -110,15 +112,14 @@ class StepGate:
         self._found_inf: Tensor | None = None
 
     @classmethod
-    def of(cls, optimizer: Any) -> StepGate | None:
-        """The gate of an optimizer; ``None`` for what has no step hooks of torch."""
-        is_hooked = getattr(getattr(type(optimizer), "step", None), "hooked", False)
-        if not is_hooked or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            return None
+    def of(cls, optimizer: Any) -> StepGate:
+        """The gate of an optimizer."""
         if (gate := cls._all.get(optimizer)) is None:
-            gate = cls._all[optimizer] = cls()
-            optimizer.register_step_pre_hook(gate._before)
-            optimizer.register_step_post_hook(gate._after)
+            is_patched = getattr(getattr(type(optimizer), "step", None), "hooked", False)
+            gate = cls._all[optimizer] = cls(is_patched and hasattr(optimizer, "_optimizer_step_pre_hooks"))
+            if gate.has_hooks:
+                optimizer.register_step_pre_hook(gate._before)
+                optimizer.register_step_post_hook(gate._after)
         return gate
 
     def expect(self, optimizer: Any) -> None:
@@ -136,7 +137,7 @@ class StepGate:
 
     def settle(self) -> None:
         """Say that no step is being made now."""
-        self._is_young = False
+        self._is_young = not self.has_hooks
 
     def leave_out_if(self, found_inf: Tensor, optimizer: Any) -> None:
         """Have the coming step of a fused optimizer change nothing if this, on its device, is 1."""
@@ -194,7 +195,7 @@ class StepGate:
 
 def steps_with_found_inf(optimizer: Any) -> bool:
     """Whether the optimizer's step reads ``found_inf``: all of its groups are fused."""
-    supports = getattr(optimizer, "_step_supports_amp_scaling", False) and StepGate.of(optimizer) is not None
+    supports = getattr(optimizer, "_step_supports_amp_scaling", False) and StepGate.of(optimizer).has_hooks
     return supports and all(group.get("fused") for group in optimizer.param_groups)
 
 
@@ -261,7 +262,7 @@ def skip_if_nonfinite(
         is_finite: Whether the norm is; a tensor where nobody may read it.
         parameters: Those that step.
         optimizer: Their optimizer; ``None`` if it is not known.
-        gate: Of the optimizer.
+        gate: Of the optimizer; ``None`` if that is not known.
         found_infs: Where the scaler keeps whether it has found an infinity, if there is one.
     """
     if is_finite is True:
@@ -275,7 +276,7 @@ def skip_if_nonfinite(
         for other in others:
             other.zero_()
     if isinstance(is_finite, Tensor):
-        if found_infs is None and gate is not None:
+        if found_infs is None and gate is not None and gate.has_hooks:
             gate.leave_out_if(is_finite.logical_not().to(torch.float32), optimizer)
     elif found_infs is None or must_not_skip_itself(optimizer):
         if gate is not None:
