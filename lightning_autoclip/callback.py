@@ -36,8 +36,7 @@ from lightning_autoclip.telling import Telling, located, log_every
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The LightningCLI of `pytorch_lightning`, and before 2.6 its Trainer, take nothing that is not of its own base class.
-# Who uses them has imported it; nobody else is made to.
+# The CLI of `pytorch_lightning`, and before 2.6 its Trainer, take only its own callbacks. Who uses it has imported it.
 _OTHERS = (sys.modules["pytorch_lightning"].Callback,) if "pytorch_lightning" in sys.modules else ()
 
 

@@ -112,11 +112,6 @@ class OptimizerScopes:
     def _ids(self) -> list[int]:
         return [id(each) for each in chain.from_iterable(group["params"] for group in self.optimizer.param_groups)]
 
-    @property
-    def has_stepped(self) -> bool:
-        """Whether a step was made or announced."""
-        return self.announced > 0 or self.passed_by > 0
-
     def why_not_clipped(self, has_ended: bool) -> str:
         """What is to be said of steps that were not clipped; nothing if all is well.
 

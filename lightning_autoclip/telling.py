@@ -67,7 +67,8 @@ class Telling:
         self._batches += 1
         rows, rest = divmod(self._batches, every * trainer.accumulate_grad_batches)
         if not rest:
-            self._warn_of_steps(has_ended=rows > 1 and not any(known.has_stepped for known in self._scopes.optimizers))
+            is_idle = not any(known.announced or known.passed_by for known in self._scopes.optimizers)
+            self._warn_of_steps(has_ended=rows > 1 and is_idle)
 
     def flush(self, trainer: Trainer) -> None:
         """Send what is held to every logger."""
