@@ -103,7 +103,7 @@ def train(
     (trace,) = autoclip.traces.values()
     return {
         "spikes": autoclip.spikes(),
-        "figures": [(*astuple(spike.point), *astuple(spike)[1:]) for spike in [*trace.nonfinite, *trace.largest]],
+        "figures": [(*spike.point, *astuple(spike)[1:]) for spike in [*trace.nonfinite, *trace.largest]],
         "bins": [astuple(one) for one in trace.bins],
         "shares": trace.shares,
         "numels": trace.numels,
