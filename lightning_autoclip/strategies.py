@@ -292,7 +292,7 @@ def check_precision(plugin: Precision) -> None:
 
 def trains_in_others(trainer: Trainer) -> bool:
     """Whether fitting starts processes, of which this one may not be one (ddp_spawn, ddp_fork, ddp_notebook)."""
-    return "MultiProcessing" in type(trainer.strategy.launcher).__name__
+    return any("MultiProcessing" in base.__name__ for base in type(trainer.strategy.launcher).__mro__)
 
 
 def grad_scaler(trainer: Trainer) -> GradScaler | None:

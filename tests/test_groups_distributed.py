@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache, partial
 
 import pytest
@@ -106,4 +107,8 @@ def test_a_frozen_group_of_shared_gradients_records_no_step(ranks):
     first, second = ranks("frozen")
     assert repr(first) == repr(second)
     assert [first["records"][key][1:] for key in KEYS] == [(0, 0), (20, 0)]
-    assert all(list(step) == ["autoclip/rest/grad_norm", "autoclip/rest/threshold"] for step in first["steps"])
+    for step in first["steps"]:  # its keys are there from the start, without a number
+        assert {key for key, value in step.items() if math.isfinite(value)} == {
+            "autoclip/rest/grad_norm",
+            "autoclip/rest/threshold",
+        }
