@@ -102,7 +102,7 @@ class GradientClipper(Threshold):
         tensor([0.6000, 0.8000])
     """
 
-    _optimizer: weakref.ref[Any] | None = None  # the innermost one
+    _optimizer: weakref.ref[Any] | None = None
 
     def clip_(
         self,
@@ -153,14 +153,15 @@ class GradientClipper(Threshold):
 
     def _bind(self, optimizer: Any) -> None:
         served = None if self._optimizer is None else self._optimizer()
-        if served is not None and served is not optimizer:
+        if served is optimizer:
+            return
+        if served is not None and wrapped_in(served)[-1] is not wrapped_in(optimizer)[-1]:
             raise ValueError(
                 "Expected `clip_` to be called with the optimizer it was called with first, but got another one, whose"
                 " norms would mix with the first one's. Use one `GradientClipper` per optimizer, or call `release()`"
                 " if this optimizer takes the other's place."
             )
-        if served is None:
-            self._optimizer = weakref.ref(optimizer)
+        self._optimizer = weakref.ref(optimizer)
 
     def release(self) -> None:
         """Forget the optimizer (not its record), so that the next :meth:`clip_` may be given another one."""
@@ -196,7 +197,7 @@ def clip_together_(
     optimizer = unwrapped(target) if hasattr(target, "param_groups") else None
     gate = None if optimizer is None else _gate_of(optimizer, clippers, parameters, shards)
     scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
-    if not (are_shared(parameters, shards) or any(parameter.grad is not None for parameter in parameters)):
+    if not (_have_gradients(parameters, None) or are_shared(parameters, shards)):
         return [None] * len(clippers)
     found_infs = None if scaler is None else unscale_(scaler, target)
     gradients = Gradients(parameters, shards)
@@ -208,7 +209,7 @@ def clip_together_(
     is_finite = norm < math.inf
     records = [
         _clip_part(clipper, positions, gradients, norms, numels, norm, is_finite)
-        if gradients.shards is None or _may_have_gradients(parameters, positions)
+        if _have_gradients(parameters, positions, gradients.shards is not None)
         else None
         for clipper, positions in clippers
     ]
@@ -229,7 +230,7 @@ def _gate_of(
 ) -> StepGate:
     """Bind the clippers to the optimizer, and have its gate expect the step."""
     for clipper, _ in clippers:
-        clipper._bind(wrapped_in(optimizer)[-1])  # the same one, also where a wrapper came before
+        clipper._bind(optimizer)
     is_flat = shards is None and any(getattr(parameter, "_fsdp_flattened", False) for parameter in parameters)
     if is_flat and torch.distributed.get_world_size() > 1:
         raise ValueError(
@@ -242,9 +243,11 @@ def _gate_of(
     return gate
 
 
-def _may_have_gradients(parameters: Sequence[Tensor], positions: Sequence[int] | None) -> bool:
-    """Whether some process may have a gradient of a group."""
-    return positions is None or any(parameters[position].requires_grad for position in positions)
+def _have_gradients(parameters: Sequence[Tensor], positions: Sequence[int] | None, are_shared: bool = False) -> bool:
+    """Whether there is a gradient of a group, or, if processes share them, whether one of them may have one."""
+    if are_shared:
+        return positions is None or any(parameters[position].requires_grad for position in positions)
+    return any(parameter.grad is not None for parameter in at(parameters, positions))
 
 
 def _clip_part(
@@ -255,11 +258,9 @@ def _clip_part(
     numels: Numbers,
     norm: Number,
     is_finite: bool | Tensor,
-) -> StepRecord | None:
+) -> StepRecord:
     """Record, decide and clip for the parameters of one clipper."""
     tensors = gradients.tensors if positions is None else [gradients.tensors[position] for position in positions]
-    if gradients.shards is None and not any(at(gradients.has, positions)):
-        return None
     own_norms = at(norms, positions)
     own = norm if positions is None else norm_of(own_norms)
     # Nobody else is to see what a step that is left out would have been. What is applied as it is, is clipped by group.

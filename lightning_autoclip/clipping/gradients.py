@@ -46,27 +46,26 @@ class Gradients:
         tensors: For each parameter its gradient as a real, dense, local tensor that shares the gradient's memory (of a
             DTensor its local shard; of a sparse gradient its coalesced values; of a complex one its real view). Empty
             where there is no gradient.
-        has: For each parameter whether this process has a gradient of it.
         shards: What is held here of each; ``None`` where every process holds whole gradients and nothing is summed.
         device: Where the first gradient is.
     """
 
     def __init__(self, parameters: Sequence[Tensor], shards: Mapping[Tensor, Shard] | None = None) -> None:
-        dtensor, first = _dtensor(), None
-        self._parameters, self.has = parameters, [parameter.grad is not None for parameter in parameters]
+        dtensor, shared, first = _dtensor(), shards is not None, None
+        self._parameters = parameters
         self.tensors: list[Tensor] = []
         for parameter in parameters:
-            gradient = parameter.grad
+            gradient, is_dtensor = parameter.grad, dtensor is not None and isinstance(parameter, dtensor)
+            shared = shared or is_dtensor
             if gradient is None:
                 gradient = _nothing(parameter.dtype, parameter.device)
             else:
-                if dtensor is not None and isinstance(parameter, dtensor):
+                if is_dtensor:
                     gradient = _local(parameter)
                 elif gradient.layout is not torch.strided or gradient.is_complex() or gradient.is_neg():
                     gradient = _plain(parameter)
                 first = gradient if first is None else first
             self.tensors.append(gradient)
-        shared = are_shared(parameters, shards)
         self.shards = [_shard(parameter, shards or {}) for parameter in parameters] if shared else None
         self.device = (parameters[0] if first is None else first).device
 
@@ -117,9 +116,12 @@ class Gradients:
 
     def _held(self) -> list[float]:
         """How many entries of each gradient count as held by this process."""
-        numels = [0.0 if parameter.grad is None else float(parameter.numel()) for parameter in self._parameters]
+        numels = [
+            parameter.numel() if tensor.numel() else 0  # also of a sparse gradient, which holds fewer
+            for parameter, tensor in zip(self._parameters, self.tensors, strict=True)
+        ]
         if self.shards is None:
-            return numels
+            return numels  # type: ignore[return-value]
         return [
             shard.share * (numel if shard.numel is None else shard.numel)
             for shard, numel in zip(self.shards, numels, strict=True)
@@ -163,14 +165,14 @@ def clip_value_(tensors: list[Tensor], threshold: Number, is_finite: bool | Tens
     """
     if not isinstance(threshold, Tensor) or not isinstance(is_finite, Tensor):
         if is_finite and threshold < math.inf:
-            for (device, dtype), alike in _grouped(tensors, lambda tensor: (tensor.device, tensor.dtype)).items():
-                bound = min(float(threshold), torch.finfo(dtype).max)
-                if _numbers.reads_are_free(device):
-                    for tensor in alike:  # one pass over the memory instead of two
-                        tensor.clamp_(-bound, bound)
-                else:  # two launches instead of one for each
-                    torch._foreach_clamp_min_(alike, -bound)
-                    torch._foreach_clamp_max_(alike, bound)
+            bounds = {dtype: min(float(threshold), torch.finfo(dtype).max) for dtype in {t.dtype for t in tensors}}
+            if _numbers.reads_are_free(tensors[0].device):
+                for tensor in tensors:  # one pass over the memory instead of two
+                    tensor.clamp_(-bounds[tensor.dtype], bounds[tensor.dtype])
+                return
+            for (_, dtype), alike in _grouped(tensors, lambda tensor: (tensor.device, tensor.dtype)).items():
+                torch._foreach_clamp_min_(alike, -bounds[dtype])  # two launches instead of one for each
+                torch._foreach_clamp_max_(alike, bounds[dtype])
         return
     limit = torch.where(is_finite, threshold, constant(math.inf, threshold.device))
     for of_device, (low, high) in _by_device(tensors, -limit, limit):

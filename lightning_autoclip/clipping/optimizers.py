@@ -41,19 +41,21 @@ def wrapped_in(target: Any) -> list[Any]:
 
 def unwrapped(target: Any) -> Any:
     """The optimizer inside Lightning's, Fabric's and Accelerate's wrappers: the one whose step is made."""
-    for optimizer in wrapped_in(target):
-        if not any(base.__name__ in _STEP_WHAT_THEY_WRAP for base in type(optimizer).__mro__):
-            return optimizer
-    return target
+    if not _steps_what_it_wraps(target):
+        return target
+    return next((inner for inner in wrapped_in(target) if not _steps_what_it_wraps(inner)), target)
+
+
+def _steps_what_it_wraps(optimizer: Any) -> bool:
+    return any(base.__name__ in _STEP_WHAT_THEY_WRAP for base in type(optimizer).__mro__)
 
 
 def parameters_of(target: Any) -> list[Tensor]:
     """The parameters of an optimizer, or those that were given, each once; anything else is a `TypeError`."""
     if hasattr(target, "param_groups"):
-        given: Iterable[Any] = chain.from_iterable(group["params"] for group in target.param_groups)
-    else:
-        given = target if isinstance(target, Iterable) and not isinstance(target, Tensor) else [target]
-    parameters = list({id(parameter): parameter for parameter in given}.values())
+        given = list(chain.from_iterable(group["params"] for group in target.param_groups))
+        return given if len(set(map(id, given))) == len(given) else _each_once(given)
+    parameters = _each_once(target if isinstance(target, Iterable) and not isinstance(target, Tensor) else [target])
     for parameter in parameters:
         if not isinstance(parameter, Tensor):
             raise TypeError(
@@ -61,6 +63,10 @@ def parameters_of(target: Any) -> list[Tensor]:
                 " optimizer, or `model.parameters()`."
             )
     return parameters
+
+
+def _each_once(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(parameter): parameter for parameter in parameters}.values())
 
 
 def unscale_(grad_scaler: GradScaler, target: Any) -> list[Tensor]:

@@ -157,6 +157,8 @@ class History:
 
     def __len__(self) -> int:
         """How many values are in the record. Reads the host."""
+        if self._on_device is None:
+            return len(self._ordered)
         return self.count if self.window is None else min(self.count, self.window)
 
     def state_dict(self) -> dict[str, Any]:
