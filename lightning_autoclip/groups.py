@@ -34,9 +34,11 @@ def check_groups(groups: Any) -> str | dict[str, list[str]] | None:
             why = f"{name!r} {_RESERVED.get(name, 'is none')}" if isinstance(name, str) else f"got {name!r}"
             raise ValueError(f"Expected the names in `groups` to be words without a slash or a star, but {why}.")
         several = [patterns] if isinstance(patterns, str) else patterns
-        if not isinstance(several, Sequence) or not several or not all(isinstance(one, str) for one in several):
+        if not isinstance(several, Sequence) or not several or not all(isinstance(pattern, str) for pattern in several):
             raise TypeError(f"Expected `groups[{name!r}]` to be a pattern or a list of them, but got {patterns!r}.")
-        checked[str.__str__(name)] = [str.__str__(one) for one in several]  # numpy's would not load from a checkpoint
+        checked[str.__str__(name)] = [
+            str.__str__(pattern) for pattern in several
+        ]  # numpy's would not load from a checkpoint
     if not checked:
         raise ValueError("Expected `groups` to name at least one group, but got an empty mapping.")
     return checked
