@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_autoclip.clipping.clipper import GradientClipper
@@ -170,6 +171,11 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         for known in self._scopes.optimizers:
             known.begin_batch(batch_idx)
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """See to it that no gradient is added to one of a step that was left out."""
+        for known in self._scopes.optimizers:
+            known.gate.drop_left_out()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that this batch has computed gradients."""
         self._backward_ran = True
@@ -186,7 +192,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
                 f" `{type(self).__name__}` has no record for it. Return it from `configure_optimizers`, or put it into"
                 " `trainer.optimizers`."
             )
-        known.announce()
+        known.announce(self._backward_ran)
         scaler = grad_scaler(trainer)
         if trainer.fit_loop._skip_backward:
             return  # StochasticWeightAveraging passes over the data once more: the gradients are stale
@@ -231,6 +237,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         except Exception as error:  # the device or the disk may be what failed: the first exception is the one to show
             rank_zero_warn(f"`{type(self).__name__}` could not log its last rows: {error}")
 
+    @in_a_loop
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Log what the checkpoint counts as done: a resumed run neither repeats nor misses a row."""
         if not self._scopes and trains_in_others(trainer):
@@ -252,6 +259,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
                 " empty: the first thresholds come from few steps. Use `warmup_steps` to observe first."
             )
 
+    @in_a_loop
     def state_dict(self) -> dict[str, Any]:
         """The record and the trace of each scope, and the settings that they were made with."""
         if not self._scopes:
@@ -281,7 +289,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
                 raise TypeError(f"no records, or flags {flags}")
             changed = self._settings.compare(written := state_dict["settings"])
             self._scopes.load_state_dict(state_dict["scopes"])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise ValueError(
                 f"The checkpoint's state of `{self.state_key}` is damaged or not of this callback ({error!r}). Resume"
                 " from another checkpoint, or delete that entry to start with an empty record."

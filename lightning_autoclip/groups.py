@@ -9,7 +9,7 @@ from typing import Any, Literal
 PARAM_GROUPS = "param_groups"
 REST = "rest"
 Groups = Literal["param_groups"] | Mapping[str, str | Sequence[str]]
-_RESERVED = {REST: "holds what no pattern matches", "step": "is part of other keys"}
+_RESERVED = {REST: "is reserved for what no pattern matches", "step": "is reserved: it is part of other keys"}
 
 
 def check_groups(groups: Any) -> str | dict[str, list[str]] | None:

@@ -84,9 +84,9 @@ class OptimizerScopes:
         for scope in self.scopes.values():
             scope.clipper.release()
 
-    def announce(self) -> None:
-        """A step is coming."""
-        self.announced += 1
+    def announce(self, has_loss: bool) -> None:
+        """A step is coming; without a loss, nobody expects gradients."""
+        self.announced += has_loss
         self.gate.expect(self.optimizer)
 
     @property
@@ -97,6 +97,7 @@ class OptimizerScopes:
     def begin_batch(self, batch_idx: int) -> None:
         """A batch is coming. Steps between batches (the learning rate finder's trial steps) are nobody's concern."""
         self.first_batch = batch_idx if self.first_batch is None else self.first_batch
+        self.gate.forget(self.optimizer)
         self._passed_before = self.gate.passed_by
 
     def end_batch(self) -> None:
@@ -121,8 +122,8 @@ class OptimizerScopes:
         name, steps = type(self.optimizer).__name__, self.announced + self.passed_by
         if self.passed_by:
             return (
-                f"saw {self.announced or 'none'} of the {steps} steps of `{name}` so far, and clips what it sees. In"
-                " manual optimization, step what `self.optimizers()` returns: `optimizer.step()`, not"
+                f"saw {self.announced or 'none'} of the {steps} steps of `{name}` so far: the others were not clipped."
+                " In manual optimization, step what `self.optimizers()` returns: `optimizer.step()`, not"
                 " `optimizer.optimizer.step()`."
             )
         if self.announced and not self.measured:
@@ -218,12 +219,14 @@ class Scopes:
         needed = [prefix + group for prefix, groups in found.items() for group in groups]
         held = self._by_prefix.keys()
         # A group may have joined after the last step of the checkpoint.
-        if held and not (held == set(needed) if self._settings.groups is None else held <= set(needed)):
+        # Or an optimizer has joined in mid-fit, and will do so again.
+        if held and not (held >= set(needed) or (self._settings.groups is not None and held <= set(needed))):
             raise MisconfigurationException(
                 f"The checkpoint holds the records {', '.join(held)}, but this run needs {', '.join(needed)}. Resume"
                 " with the optimizers and the groups that the run was started with."
             )
-        self._by_prefix = {prefix: self._by_prefix.get(prefix) or self._new(prefix) for prefix in needed}
+        own = {prefix: self._by_prefix.get(prefix) or self._new(prefix) for prefix in needed}
+        self._by_prefix = own | {prefix: scope for prefix, scope in self._by_prefix.items() if prefix not in own}
         for scope in self:
             scope.clipper.release()  # a second fit has new optimizers
             scope.clipper.clipped_norm_every = measure_every
@@ -241,18 +244,33 @@ class Scopes:
         Returns:
             ``None`` if it neither is one of them nor wraps or is wrapped in one.
         """
-        for known in self.optimizers:
-            if known.optimizer is optimizer:
-                return known
-        ours = {id(each) for each in wrapped_in(optimizer)}
-        for index, candidate in enumerate(optimizers):
-            if not ours.isdisjoint(map(id, wrapped_in(candidate))):
-                if index < len(self.optimizers):
-                    self.optimizers[index].follow(optimizer)
-                for joined in optimizers[len(self.optimizers) : index + 1]:
-                    self.optimizers.append(OptimizerScopes(joined, self._free_prefix(joined)))
-                return self.optimizers[index]
-        return None
+        for running in self.optimizers:
+            if running.optimizer is optimizer:
+                return running
+        ours, there = {id(each) for each in wrapped_in(optimizer)}, [wrapped_in(each) for each in optimizers]
+        known: OptimizerScopes | None = next((each for each in self.optimizers if id(each.optimizer) in ours), None)
+        if known is None and any(id(each) in ours for chain_of in there for each in chain_of):
+            present = {id(each) for chain_of in there for each in chain_of}
+            free = [each for each in self.optimizers if id(each.optimizer) not in present]
+            known = self._predecessor(optimizer, optimizers, free)
+            if known is None:
+                known = OptimizerScopes(optimizer, self._free_prefix(optimizer))
+                self.optimizers.append(known)
+        if known is not None and known.optimizer is not optimizer:
+            known.follow(optimizer)
+        return known
+
+    def _predecessor(
+        self, optimizer: Any, optimizers: Sequence[Any], free: Sequence[OptimizerScopes]
+    ) -> OptimizerScopes | None:
+        """Whose place an optimizer has taken: of those that are gone the one with most of its parameters."""
+        ours = set(map(id, parameters_of(optimizer)))
+        shared = {id(each): len(ours.intersection(map(id, parameters_of(each.optimizer)))) for each in free}
+        best = max(free, key=lambda each: shared[id(each)], default=None)
+        if best is None or shared[id(best)]:
+            return best
+        place = next((i for i, each in enumerate(optimizers) if each is optimizer), len(self.optimizers))
+        return next((each for i, each in enumerate(self.optimizers) if i == place and each in free), None)
 
     def take_in(self, known: OptimizerScopes, named: Named) -> None:
         """Follow an optimizer whose parameters have changed, maybe with new scopes."""
@@ -265,7 +283,7 @@ class Scopes:
 
     def figures(self) -> dict[str, float]:
         """The latest row of each scope."""
-        return {key: value for scope in self for key, value in scope.recorder.summarise().items()}
+        return {key: value for scope in self for key, value in scope.recorder.figures().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """What happened so far, by prefix."""

@@ -71,17 +71,17 @@ def check_trainer(
     Raises:
         MisconfigurationException: Something else clips too, or the strategy is not supported.
     """
-    if trainer.gradient_clip_algorithm is not None:
+    if (theirs := trainer.gradient_clip_algorithm) is not None:
         raise MisconfigurationException(
-            f"`Trainer(gradient_clip_algorithm={str(trainer.gradient_clip_algorithm)!r})` has no effect on `{name}`."
+            f"`Trainer(gradient_clip_algorithm={str(getattr(theirs, 'value', theirs))!r})` has no effect on `{name}`."
             " Remove it there, and give `gradient_clip_algorithm` to the callback."
         )
     if trainer.gradient_clip_val:
         raise MisconfigurationException(
             f"`Trainer(gradient_clip_val={trainer.gradient_clip_val})` and `{name}` would both clip. Remove"
-            " `gradient_clip_val` (`GradientClipping(Constant(...))` clips at a fixed threshold). If it is not yours, a"
-            " package, its model or its tuner has set it: set `trainer.gradient_clip_val = None` before `fit`, or in"
-            " `setup` of a callback that stands before this one."
+            " `gradient_clip_val` (`GradientClipping(Constant(...))` clips at a fixed threshold). If you"
+            " did not set it, a package did (its model or its tuner): set `trainer.gradient_clip_val = None` before"
+            " `fit`, or in `setup` of a callback that stands before this one."
         )
     if sum(isinstance(other, of_kind) for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
         raise MisconfigurationException(

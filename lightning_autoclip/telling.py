@@ -17,6 +17,7 @@ from lightning_autoclip.scopes import Scopes
 from lightning_autoclip.settings import Settings
 from lightning_autoclip.strategies import parameter_names
 
+_IDLE = 50  # batches without any step; fewer may well be accumulated by hand
 _ROWS_WITHOUT_LOGGING = 1024  # steps between two summaries with `Trainer(log_every_n_steps=0)`
 
 
@@ -68,7 +69,7 @@ class Telling:
         rows, rest = divmod(self._batches, every * trainer.accumulate_grad_batches)
         if not rest:
             is_idle = not any(known.announced or known.passed_by for known in self._scopes.optimizers)
-            self._warn_of_steps(has_ended=rows > 1 and is_idle)
+            self._warn_of_steps(has_ended=is_idle and rows > 1 and self._batches >= _IDLE)
 
     def flush(self, trainer: Trainer) -> None:
         """Send what is held to every logger."""

@@ -462,13 +462,13 @@ class Returns(Policy):
         return self.result
 
 
-@pytest.mark.parametrize("result", ["0.5", None, torch.ones(2)], ids=["string", "nothing", "vector"])
+@pytest.mark.parametrize("result", ["0.5", None, torch.ones(2), torch.ones((), dtype=torch.complex64)], ids=str)
 def test_a_policy_that_returns_no_single_number_is_refused(form, result):
     with pytest.raises(TypeError, match=r"Expected `policy` to return one number, but"):
         clip(Returns(result), with_gradient([1.0]))
 
 
-@pytest.mark.parametrize("result", [1, 1.0, torch.ones(()), torch.ones(1)], ids=str)
+@pytest.mark.parametrize("result", [1, 1.0, torch.ones(()), torch.ones(1), np.float32(1), np.int64(1)], ids=repr)
 def test_a_policy_may_return_a_number_or_a_tensor(form, result):
     parameter = with_gradient([3.0, 4.0])
     assert float(clip(Returns(result), parameter).threshold) == 1
@@ -486,6 +486,19 @@ def test_a_threshold_below_zero_turns_no_gradient_around(form):
     else:
         clip(Returns(torch.tensor(-1.0)), parameter)
         assert parameter.grad.tolist() == [0.0, 0.0]
+
+
+def test_a_number_below_zero_is_refused_and_one_beyond_float64_is_no_bound(form):
+    parameter = with_gradient([3.0, 4.0])
+    with pytest.raises(ValueError, match=r"a threshold of at least 0, but .* gave -1"):
+        clip(Returns(-1), parameter)
+    assert float(clip(Returns(10**400), parameter).threshold) == math.inf
+    assert parameter.grad.tolist() == [3.0, 4.0]
+
+
+def test_lbfgs_is_refused():
+    with pytest.raises(ValueError, match="`LBFGS` searches along them"):
+        GradientClipper(Constant(1.0)).clip_(torch.optim.LBFGS([with_gradient([1.0])]))
 
 
 def test_a_threshold_that_is_no_number_clips_at_the_upper_bound(form):
@@ -723,3 +736,32 @@ def test_the_step_that_raise_stops_at_comes_with_its_record(form):
             measure(GradientClipper(Percentile(50), nonfinite="raise"))
         assert float(error.value.records[0].norm) == math.inf
         assert float(error.value.records[0].nonfinite_total) == 1
+
+
+@pytest.mark.parametrize(("made", "loading"), [("norm", "value"), ("value", "norm")])
+def test_a_record_of_the_other_algorithm_is_refused_and_nothing_of_it_loaded(made, loading):
+    first, second = (GradientClipper(Percentile(50), gradient_clip_algorithm=each) for each in (made, loading))
+    first.clip_([with_gradient([3.0, 4.0])])
+    with pytest.raises(ValueError, match=rf"made with gradient_clip_algorithm='{made}', whose thresholds have another"):
+        second.load_state_dict(first.state_dict())
+    assert (second.steps, len(second.history)) == (0, 0)
+
+
+def test_a_clipper_shows_its_arguments():
+    shown = repr(GradientClipper(Percentile(50), window=7))
+    assert shown.startswith(
+        "GradientClipper(Percentile(percentile=50.0, multiplier=1.0), gradient_clip_algorithm='norm'"
+    )
+    assert "window=7" in shown
+
+
+def test_a_compiled_step_leaves_out_what_is_not_finite():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer, clipper = AdamW([weight], lr=0.1), GradientClipper(Percentile(50))
+    step, moved = torch.compile(optimizer.step, backend="eager"), []
+    for factor in (math.nan, 1.0, math.nan, 1.0):
+        before, weight.grad = weight.detach().clone(), torch.full((3,), factor)
+        clipper.clip_(optimizer)
+        step()
+        moved.append(not torch.equal(weight, before))
+    assert moved == [False, True, False, True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -14,13 +15,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import grad_norm
-from models import BadBatches, Gradients, Manual, Noting
+from models import BadBatches, Gradients, Manual, Noting, WithoutLoss
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from lightning_autoclip import AutoClip, Constant, GradientClipper, GradientClipping, Policy
+from lightning_autoclip import AutoClip, Constant, GradientClipper, GradientClipping, Percentile, Policy
 
 
 class Stepping(Manual):
@@ -148,8 +150,6 @@ def test_a_stop_iteration_within_a_hook_does_not_end_the_training_in_silence(for
 
 
 def test_a_logger_that_raises_stop_iteration_does_not_end_the_training_in_silence():
-    from lightning.pytorch.loggers import CSVLogger
-
     class Broken(CSVLogger):
         def log_metrics(self, metrics, step=None):
             if any(key.startswith("autoclip/") for key in metrics):
@@ -157,6 +157,84 @@ def test_a_logger_that_raises_stop_iteration_does_not_end_the_training_in_silenc
 
     with pytest.raises(RuntimeError, match="`on_train_batch_end` met a StopIteration"):
         trainer(AutoClip(), logger=Broken("."), log_every_n_steps=4).fit(Net(), loader())
+
+
+def test_a_logger_that_raises_stop_iteration_at_a_checkpoint_does_not_end_the_training_in_silence():
+    class Broken(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            if any(key.startswith("autoclip/") for key in metrics):
+                raise StopIteration
+
+    saving = ModelCheckpoint("ck", every_n_train_steps=3, save_top_k=-1)
+    with pytest.raises(RuntimeError, match="met a StopIteration"):
+        trainer(AutoClip(), saving, logger=Broken("."), enable_checkpointing=True).fit(Net(), loader())
+
+
+class PerLayer(Stepping):
+    """The first layer has norms of about 1, the second of about 1,000; what changes is said by ``change``."""
+
+    change: Any = None
+
+    def configure_optimizers(self):
+        return [SGD(self.net[i].parameters(), lr=1e-6) for i in (0, 2)]
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 6:
+            self.trainer.optimizers = self.change(*self.trainer.optimizers)
+        self.zero_grad()
+        self.manual_backward(self.loss(batch))
+        for parameter in self.net[2].parameters():
+            parameter.grad.mul_(1000)
+        optimizers = self.optimizers()
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            optimizer.step()
+
+    def new(self, layer):
+        return SGD(self.net[layer].parameters(), lr=1e-6)
+
+
+LISTS = {
+    "swapped": lambda model, a, b: [b, a],
+    "new ones, swapped": lambda model, a, b: [model.new(2), model.new(0)],
+    "one of them new, swapped": lambda model, a, b: [b, model.new(0)],
+    "the first gone, the second new": lambda model, a, b: [model.new(2)],
+    "another in front": lambda model, a, b: [SGD([nn.Parameter(torch.zeros(1))], lr=0.1), a, b],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*none of its parameters had a gradient")  # of the one in front
+@pytest.mark.parametrize("change", LISTS)
+def test_a_record_stays_with_its_parameters_however_the_list_changes(change):
+    autoclip, model = AutoClip(40), PerLayer()
+    model.change = lambda *optimizers: LISTS[change](model, *optimizers)
+    trainer(autoclip).fit(model, loader())
+    first, second = (scope.history.recorded for scope in autoclip.clippers[:2])
+    assert first.max() < 10 < 100 < second.min()
+    assert len(second) == 16
+    assert len(first) == (6 if change.startswith("the first gone") else 16)
+
+
+def test_a_run_that_an_optimizer_has_joined_is_resumed(tmp_path):
+    class Growing(Stepping):
+        def step(self, optimizer, batch_idx):
+            if (self.current_epoch, batch_idx) in ((0, 4), (1, 4)):
+                self.trainer.optimizers = [self.trainer.optimizers[0], Adam(self.net[2].parameters(), lr=0.01)]
+            for each in optimizer if isinstance(optimizer, list) else [optimizer]:
+                each.step()
+
+        def configure_optimizers(self):
+            return SGD(list(self.parameters())[:2], lr=0.1)
+
+        def on_save_checkpoint(self, checkpoint):
+            del checkpoint["optimizer_states"][1:]  # Lightning takes back only what is configured
+
+    first, second = AutoClip(40), AutoClip(40)
+    run = trainer(first)
+    run.fit(Growing(), loader())
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    trainer(second, max_epochs=2).fit(Growing(), loader(), ckpt_path=tmp_path / "it.ckpt")
+    assert list(second.traces) == list(first.traces) == ["autoclip/", "autoclip/Adam/"]
+    assert [clipper.steps for clipper in second.clippers] == [32, 22]
 
 
 # --- steps that pass by -----------------------------------------------------------------------------------------------
@@ -235,10 +313,10 @@ class Shim(Stepping):
 def test_an_optimizer_whose_steps_cannot_be_clipped_is_named_within_the_first_rows(model, why):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(AutoClip(), told := Told(caught), log_every_n_steps=4).fit(model(), loader())
+        trainer(AutoClip(), told := Told(caught), log_every_n_steps=4).fit(model(), loader(n=240))
     (said,) = ours(caught)
     assert said.startswith(f"`AutoClip` {why}")
-    assert told.after[7] == 1  # two rows are eight batches
+    assert told.after[51 if model is Shim else 3] == 1  # gradients may be accumulated by hand for a while
 
 
 def test_an_optimizer_that_begins_late_is_not_warned_of_unless_it_never_does():
@@ -264,6 +342,20 @@ def test_an_optimizer_that_begins_late_is_not_warned_of_unless_it_never_does():
         said.append(ours(caught))
     assert said[0] == []
     assert [message.partition(" so far")[0] for message in said[1]] == ["`AutoClip` saw no step of `SGD`"]
+
+
+@pytest.mark.parametrize("case", ["accumulated by hand", "no loss at first"])
+def test_a_training_that_steps_seldom_is_not_warned_of(case):
+    class ByHand(Stepping):
+        def step(self, optimizer, batch_idx):
+            if batch_idx % 8 == 7:
+                optimizer.step()
+
+    model = ByHand(sgd) if case == "accumulated by hand" else WithoutLoss(range(6), sgd)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(AutoClip(), log_every_n_steps=2).fit(model, loader())
+    assert ours(caught) == []
 
 
 # --- scalers ----------------------------------------------------------------------------------------------------------
@@ -335,6 +427,20 @@ def test_a_scaler_that_is_disabled_hides_no_nonfinite_step(enabled):
     assert autoclip.clippers[0].nonfinite_total == 2
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
+def test_an_optimizer_that_only_knows_of_another_does_not_wrap_it(form, fused):
+    ours_, theirs = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    first, second = (SGD([weight], lr=1.0, fused=fused) for weight in (ours_, theirs))
+    first.partner, scaler = second, torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale((ours_ * torch.tensor([3.0, 4.0]) + theirs * torch.tensor([6.0, 8.0])).sum()).backward()
+    norms = [float(GradientClipper(Constant(1.0)).clip_(optimizer, scaler).norm) for optimizer in (first, second)]
+    for optimizer in (first, second):
+        scaler.step(optimizer)
+    scaler.update()
+    assert norms == [5, 10]
+    assert ours_.tolist() == theirs.tolist() == pytest.approx([-0.6, -0.8])
+
+
 # --- what others read -------------------------------------------------------------------------------------------------
 
 
@@ -400,6 +506,80 @@ def test_a_step_that_is_left_out_within_a_subclass_that_calls_its_parent_moves_n
     trainer(autoclip).fit(model, loader())
     assert weights(model).isfinite().all()
     assert (autoclip.clippers[0].steps, autoclip.clippers[0].nonfinite_total) == (16, 1)
+
+
+class ZeroesItself(SGD):
+    def step(self, closure=None):
+        loss = super().step(closure)
+        self.zero_grad()
+        return loss
+
+
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("way", ["the step", "a hook"])
+def test_a_step_that_zeroes_gradients_itself_goes_on_after_one_that_was_left_out(form, way, at):
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = ZeroesItself([weight], lr=0.1) if way == "the step" else SGD([weight], lr=0.1)
+    if way == "a hook":
+        optimizer.register_step_post_hook(lambda optimizer, args, kwargs: optimizer.zero_grad())
+    clipper, moved = GradientClipper(Percentile(50)), []
+    for step in range(8):
+        before = weight.detach().clone()
+        ((weight * torch.tensor([1.0, 2.0])).sum() * (math.nan if step == at else 1.0)).backward()
+        clipper.clip_(optimizer)
+        optimizer.step()
+        moved.append(not torch.equal(weight, before))
+    assert moved == [step != at for step in range(8)]
+    assert clipper.nonfinite_total == 1
+    assert "zero_grad" not in vars(optimizer)
+
+
+@pytest.mark.parametrize("manual", [True, False], ids=["manual", "automatic"])
+def test_where_nobody_zeroes_gradients_those_of_a_step_that_was_left_out_are_not_added_to(form, manual):
+    class Automatic(BadBatches):
+        def optimizer_zero_grad(self, *args):
+            pass
+
+    class ByHand(Automatic):
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+
+    autoclip, model = AutoClip(), (ByHand if manual else Automatic)({3: math.nan}, sgd)
+    model.automatic_optimization = not manual
+    trainer(autoclip).fit(model, loader())
+    assert (autoclip.clippers[0].steps, autoclip.clippers[0].nonfinite_total) == (16, 1)
+
+
+def test_a_step_that_was_announced_and_never_made_leaves_no_later_one_out(form):
+    class GivingUp(Stepping):
+        def loss(self, batch):
+            return super().loss(batch) * (math.nan if self.batches == 4 else 1.0)
+
+        def step(self, optimizer, batch_idx):
+            if batch_idx == 3:
+                self.trainer.precision_plugin._after_closure(self, optimizer.optimizer)  # the hooks, and no step
+            else:
+                optimizer.optimizer.step()
+
+    model, after = GivingUp(sgd), []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, *args):
+            after.append(weights(model).clone())
+
+    with pytest.warns(UserWarning, match="saw 1 of the 15 steps of `SGD`"):
+        trainer(AutoClip(), Watch()).fit(model, loader())
+    moved = [not torch.equal(before, now) for before, now in pairwise(after)]
+    assert moved == [i != 2 for i in range(15)]
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_early_stopping_does_not_end_a_run_for_a_step_that_is_left_out(form, every):
+    stop = EarlyStopping("autoclip/grad_norm", patience=10, check_on_train_epoch_end=True)
+    run = trainer(AutoClip(), stop, max_epochs=3, log_every_n_steps=every)
+    run.fit(BadBatches({15: math.nan}), loader())
+    assert run.current_epoch == 3
 
 
 def spiky(at: int) -> Noting:
@@ -586,7 +766,7 @@ def test_the_refusal_of_a_second_clipping_says_what_to_do_where_a_package_has_se
 
     run = trainer(AutoClip())
     run.gradient_clip_val = 0.5
-    with pytest.raises(MisconfigurationException, match=r"its model or its tuner has set it: set `trainer\."):
+    with pytest.raises(MisconfigurationException, match=r"a package did \(its model or its tuner\): set `trainer\."):
         run.fit(Net(), loader())
     run.gradient_clip_val = None
     run.fit(Net(), loader())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_autoclip.clipping import _numbers
 from lightning_autoclip.clipping._numbers import Number, constant, single
@@ -237,6 +237,11 @@ def _gate_of(
             "Expected `shards` beside an optimizer of `FullyShardedDataParallel` parameters: without them each"
             " process would clip its part at a threshold of its own. Shard with `fully_shard` (FSDP2), whose"
             " gradients tell what is held, or use a Trainer with the callback."
+        )
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "Expected an optimizer that computes its gradients once per step, but `LBFGS` searches along them; clipping"
+            " them breaks the search. Use another optimizer."
         )
     gate = StepGate.of(optimizer)
     gate.expect(optimizer)

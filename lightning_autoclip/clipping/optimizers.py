@@ -29,14 +29,22 @@ class NonFiniteGradientError(RuntimeError):
 
 
 def wrapped_in(target: Any) -> list[Any]:
-    """An optimizer and those that it wraps, outermost first, whatever their attribute is called."""
+    """An optimizer and those that it wraps, outermost first, whatever their attribute is called.
+
+    What it wraps has the same parameters; another optimizer that it only knows of has others.
+    """
     found = [target]
     while True:
-        held = getattr(found[-1], "__dict__", {}).values()
-        inner = next((x for x in held if hasattr(x, "param_groups") and all(x is not known for known in found)), None)
+        held = (each for each in getattr(found[-1], "__dict__", {}).values() if hasattr(each, "param_groups"))
+        others = (each for each in held if all(each is not known for known in found))
+        inner = next((each for each in others if _ids(each) == _ids(target)), None)
         if inner is None:
             return found
         found.append(inner)
+
+
+def _ids(optimizer: Any) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def unwrapped(target: Any) -> Any:
@@ -114,7 +122,10 @@ class StepGate:
         self._is_expected = self._leaves_out = False
         self._is_young = True  # whether the hooks may be younger than the step that is being made
         self._depth = 0  # a subclass's step may call its parent's, and both have the hooks
+        self._is_within = False  # a closure
         self._taken: list[tuple[Tensor, Tensor]] = []
+        self._given_back: list[tuple[Tensor, Tensor]] = []
+        self._was_zeroed = self._notes_zero_grad = False  # while they are taken
         self._found_inf: Tensor | None = None
 
     @classmethod
@@ -130,10 +141,23 @@ class StepGate:
 
     def expect(self, optimizer: Any) -> None:
         """Announce a step. What was said of one that was never made is taken back."""
-        self._is_expected, self._leaves_out, self._taken = True, False, []
+        self.forget(optimizer)
+        self._is_expected, self._given_back = True, []
+        if not self._is_within:  # whatever has become of the last step
+            self._depth = self.computed = 0
+
+    def forget(self, optimizer: Any) -> None:
+        """Take back what was said of a step that was not made."""
+        self._leaves_out, self._taken = False, []
         self._forget_found_inf(optimizer)
-        if not self.computed:  # not within a step, whatever has become of the last one
-            self._depth = 0
+        self._note_zero_grad(optimizer, False)
+
+    def drop_left_out(self) -> None:
+        """Before the next gradients: those of a step that was left out must not be added to."""
+        for parameter, gradient in self._given_back:
+            if parameter.grad is gradient:
+                parameter.grad = None
+        self._given_back = []
 
     def leave_out(self, optimizer: Any) -> None:
         """Have the coming step change nothing."""
@@ -165,8 +189,11 @@ class StepGate:
 
     def _around(self, closure: Callable[..., Any], optimizer: Any) -> Callable[..., Any]:
         def within(*args: Any, **kwargs: Any) -> Any:
-            self.computed += 1
-            loss = closure(*args, **kwargs)
+            self.computed, self._is_within = self.computed + 1, True
+            try:
+                loss = closure(*args, **kwargs)
+            finally:
+                self._is_within = False
             self._take(optimizer)
             return loss
 
@@ -176,6 +203,7 @@ class StepGate:
     def _take(self, optimizer: Any) -> None:
         if self._leaves_out:
             self._leaves_out = False
+            self._note_zero_grad(optimizer, True)
             for parameter in parameters_of(optimizer):
                 if parameter.grad is not None:
                     self._taken.append((parameter, parameter.grad))
@@ -188,9 +216,27 @@ class StepGate:
             return
         self.passed_by += not self._is_expected
         self.computed, self._depth, self._is_expected = 0, 0, False
-        for parameter, gradient in self._taken:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad
+        self._given_back = [] if self._was_zeroed else [each for each in self._taken if each[0].grad is None]
+        for parameter, gradient in self._given_back:
+            parameter.grad = gradient
         self._taken = []
+        self._note_zero_grad(optimizer, False)
+
+    def _note_zero_grad(self, optimizer: Any, begins: bool) -> None:
+        """Know whether somebody zeroes the gradients while they are taken: then nobody wants them back."""
+        if self._notes_zero_grad:
+            optimizer.__dict__.pop("zero_grad", None)
+        self._notes_zero_grad = begins and "zero_grad" not in optimizer.__dict__
+        if not self._notes_zero_grad:
+            self._was_zeroed = False
+            return
+        zero_grad = optimizer.zero_grad
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            self._was_zeroed = True
+            return zero_grad(*args, **kwargs)
+
+        optimizer.zero_grad = noted
 
     def _forget_found_inf(self, optimizer: Any) -> None:
         """Torch would believe it at every later step. A scaler deletes its own itself."""

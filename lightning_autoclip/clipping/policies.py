@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -49,17 +51,20 @@ def threshold_of(policy: Policy, history: History) -> float:
         TypeError: It is not one number.
         ValueError: It is below 0.
     """
-    threshold = single(float(_asked(policy, history)))
+    return _checked(policy, float(_asked(policy, history)))
+
+
+def _checked(policy: Policy, threshold: float) -> float:
     if threshold < 0:
         raise ValueError(f"Expected `policy` to return a threshold of at least 0, but {policy!r} gave {threshold}.")
-    return threshold
+    return single(threshold)
 
 
 def threshold_on_device(policy: Policy, history: History, device: torch.device) -> Tensor:
     """The same on an accelerator, shape ``()``, float32. Below 0, which nobody reads there, it counts as 0."""
     threshold = _asked(policy, history)
     if not isinstance(threshold, Tensor):
-        return constant(threshold, device)
+        return constant(_checked(policy, threshold), device)
     return threshold.to(torch.float32).reshape(()).clamp(min=0.0)
 
 
@@ -68,9 +73,13 @@ def _asked(policy: Policy, history: History) -> Number:
         threshold = policy(history)
     except StopIteration as error:  # which would end a training loop as if its data had come to an end
         raise RuntimeError(f"`policy` raised StopIteration: {policy!r}.") from error
-    if threshold.numel() != 1 if isinstance(threshold, Tensor) else not isinstance(threshold, (int, float)):
+    if isinstance(threshold, Tensor) and threshold.numel() == 1 and not threshold.is_complex():
+        return threshold
+    if isinstance(threshold, Tensor) or not isinstance(threshold, Real):  # numpy's numbers are real ones too
         raise TypeError(f"Expected `policy` to return one number, but {policy!r} gave {threshold!r}.")
-    return threshold
+    if abs(threshold) > 1e300:  # an int may be more than a float can hold
+        return math.inf if threshold > 0 else -math.inf
+    return float(threshold)
 
 
 @dataclass(frozen=True)

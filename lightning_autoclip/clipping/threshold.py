@@ -81,6 +81,10 @@ class Threshold:
         threshold = threshold_of(self.policy, self.history)
         return threshold if threshold < limit else limit
 
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.arguments.items())
+        return f"{type(self).__name__}({self.policy!r}, {arguments})"
+
     def is_measured(self, is_finite: bool | Tensor) -> bool:
         """By value, whether the norm after clipping is measured at this step: it is one more read of the gradients."""
         if self._until_measured > 0:
@@ -101,7 +105,12 @@ class Threshold:
 
     def state_dict(self) -> dict[str, Any]:
         """What happened so far, as tensors and ints; loads with ``torch.load(..., weights_only=True)``."""
-        return {"steps": self.steps, "nonfinite_total": self.nonfinite_total, "history": self.history.state_dict()}
+        return {
+            "gradient_clip_algorithm": self.gradient_clip_algorithm,  # the unit of what is recorded
+            "steps": self.steps,
+            "nonfinite_total": self.nonfinite_total,
+            "history": self.history.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned.
@@ -110,10 +119,14 @@ class Threshold:
         what there is.
 
         Raises:
-            ValueError: An entry is missing, damaged, or not one of this class.
+            ValueError: An entry is missing, damaged, or not one of this class, or the record is one of the other
+                ``gradient_clip_algorithm``, which has another unit.
         """
         history = History(self.history.window)
         try:
+            algorithm = check_choice(
+                "gradient_clip_algorithm", state_dict["gradient_clip_algorithm"], get_args(Algorithm)
+            )
             steps = check_integer("steps", state_dict["steps"], "a count", 0)
             nonfinite_total = check_integer("nonfinite_total", state_dict["nonfinite_total"], "a count", 0)
             history.load_state_dict(state_dict["history"])
@@ -121,4 +134,9 @@ class Threshold:
             raise ValueError(f"The state of a `GradientClipper` is damaged or not one: {error!r}.") from error
         if bool((history.recorded <= 0).any()):
             raise ValueError("The state of a `GradientClipper` is damaged: its norms are not all above 0.")
+        if algorithm != self.gradient_clip_algorithm:
+            raise ValueError(
+                f"The state's record was made with gradient_clip_algorithm={algorithm!r}, whose thresholds have another"
+                f" unit than those of {self.gradient_clip_algorithm!r}. Go on with that one, or with an empty record."
+            )
         self.history, self.steps, self._nonfinite = history, steps, float(min(nonfinite_total, steps))

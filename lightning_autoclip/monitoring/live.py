@@ -31,8 +31,7 @@ class LiveMetrics(dict[str, Any]):
         self._refresh()
 
     def _refresh(self) -> None:
-        figures = {key: torch.tensor(value, dtype=torch.float32) for key, value in self._figures().items()}
-        super().update(figures)
+        super().update({key: torch.tensor(value, dtype=torch.float32) for key, value in self._figures().items()})
 
     def __iter__(self) -> Iterator[str]:  # of its own, or `dict(metrics)` and `{**metrics}` would copy without asking
         return super().__iter__()

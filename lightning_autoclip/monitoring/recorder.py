@@ -44,6 +44,7 @@ class Recorder:
         self._on_device: list[tuple[tuple[int, int, int, int], StepRecord]] = []  # or on the host, of the CPU
         self._begin()
         self._last_row: dict[str, float] | None = None
+        self._last_finite: dict[str, float] = {}  # by key
 
     def _begin(self) -> None:
         """Hold nothing."""
@@ -109,6 +110,14 @@ class Recorder:
         self._fetch()
         return self._row() if self._points or self._last_row is None else self._last_row
 
+    def figures(self) -> dict[str, float]:
+        """The summary as :meth:`summarise` gives it; where it has no number, the last one that a row had.
+
+        Who stops a run at a NaN is not to stop it for a step that was left out.
+        """
+        row = self.summarise()
+        return {key: value if math.isfinite(value) else self._last_finite.get(key, value) for key, value in row.items()}
+
     def flush(self) -> tuple[list[tuple[int, dict[str, float]]], list[Point]]:
         """Hold nothing any more.
 
@@ -120,6 +129,7 @@ class Recorder:
             return [], []
         rows = [(point.step, self._step_row(point)) for point in points] if self.every_step else []
         self._last_row = row
+        self._last_finite |= {key: value for key, value in row.items() if math.isfinite(value)}
         self._begin()
         return [*rows, (points[-1].step, row)], points
 
