@@ -30,7 +30,6 @@ from lightning_autoclip.strategies import (
     grad_scaler,
     in_a_loop,
     parameter_names,
-    trains_in_others,
 )
 from lightning_autoclip.telling import Telling, located, log_every
 
@@ -186,12 +185,6 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         if self._clipping is None or not self._clipping.is_at_a_step():
             return
         known = self._scopes.of(optimizer, trainer.optimizers)
-        if known is None:
-            raise MisconfigurationException(
-                f"`{type(optimizer).__name__}` steps, but it neither is one of `trainer.optimizers` nor wraps one, so"
-                f" `{type(self).__name__}` has no record for it. Return it from `configure_optimizers`, or put it into"
-                " `trainer.optimizers`."
-            )
         known.announce(self._backward_ran)
         scaler = grad_scaler(trainer)
         if trainer.fit_loop._skip_backward:
@@ -240,11 +233,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
     @in_a_loop
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Log what the checkpoint counts as done: a resumed run neither repeats nor misses a row."""
-        if not self._scopes and trains_in_others(trainer):
-            rank_zero_warn(
-                f"The checkpoint has no record of `{type(self).__name__}`: this process saw no step, and those that"
-                " trained have ended. Their own checkpoints (`ModelCheckpoint`) have it."
-            )
+        self._telling.warn_if_trained_elsewhere(trainer)
         self._telling.flush(trainer)
         if self._clipping is not None:
             self._clipping.release()

@@ -15,7 +15,7 @@ from lightning_autoclip.monitoring import live, loggers
 from lightning_autoclip.monitoring.report import Report
 from lightning_autoclip.scopes import Scopes
 from lightning_autoclip.settings import Settings
-from lightning_autoclip.strategies import parameter_names
+from lightning_autoclip.strategies import parameter_names, trains_in_others
 
 _IDLE = 50  # batches without any step; fewer may well be accumulated by hand
 _ROWS_WITHOUT_LOGGING = 1024  # steps between two summaries with `Trainer(log_every_n_steps=0)`
@@ -104,6 +104,14 @@ class Telling:
         if told := _loggers(trainer):
             health = report().summary if self._scopes else None
             loggers.conclude(told, spikes(), health, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def warn_if_trained_elsewhere(self, trainer: Trainer) -> None:
+        """Warn of a checkpoint of a process that has seen no step since others have made them."""
+        if not self._scopes and trains_in_others(trainer):
+            rank_zero_warn(
+                f"The checkpoint has no record of `{self._name}`: this process saw no step, and those that trained have"
+                " ended. Their own checkpoints (`ModelCheckpoint`) have it."
+            )
 
     def _warn_of_nonfinite(self) -> None:
         """Warn of non-finite gradients: when the first one is logged, and of further ones at the end of fit."""

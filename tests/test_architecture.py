@@ -11,7 +11,7 @@ from processes import run_program
 import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
-_CLIPPING = ["_numbers", "record", "metric", "policies", "gradients", "optimizers", "threshold", "clipper"]
+_CLIPPING = ["_numbers", "record", "metric", "policies", "gradients", "gate", "optimizers", "threshold", "clipper"]
 _MONITORING = ["summary", "trace", "recorder", "verdicts", "report", "plot", "checkpoints", "runs", "suggest", "live"]
 _LOGGERS = ["wandb", "loggers", "workspace"]
 WITHOUT_LIGHTNING = [
@@ -22,6 +22,7 @@ WITHOUT_LIGHTNING = [
     "monitoring",
     *(f"monitoring.{room}" for room in _MONITORING),
     "settings",
+    "steps",
     "__main__",
 ]
 _LAST = ["scopes", "strategies", "telling", "callback", "autoclip"]

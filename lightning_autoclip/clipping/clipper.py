@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_autoclip.clipping import _numbers
 from lightning_autoclip.clipping._numbers import Number, constant, single
+from lightning_autoclip.clipping.gate import StepGate
 from lightning_autoclip.clipping.gradients import (
     Gradients,
     Numbers,
@@ -26,7 +27,6 @@ from lightning_autoclip.clipping.gradients import (
 )
 from lightning_autoclip.clipping.optimizers import (
     NonFiniteGradientError,
-    StepGate,
     must_be_read,
     parameters_of,
     raise_if_nonfinite,

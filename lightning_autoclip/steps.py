@@ -1,0 +1,165 @@
+"""What is measured, clipped, logged and reported as one, and what is known of the steps of one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from lightning_autoclip.clipping.clipper import GradientClipper, StepRecord
+from lightning_autoclip.clipping.gate import StepGate
+from lightning_autoclip.clipping.optimizers import parameters_of
+from lightning_autoclip.monitoring.recorder import Recorder
+from lightning_autoclip.monitoring.trace import Trace
+
+Named = Sequence[tuple[int, str]]
+"""The ids of the parameters with their names."""
+
+Positions = Mapping[str, list[int] | None]
+"""By the name of a group, where its parameters stand among all of the optimizer; ``None``: they are all."""
+
+
+class Scope:
+    """The parameters of an optimizer, or a group of them.
+
+    Attributes:
+        clipper: Their record and threshold.
+        recorder: Their rows.
+        positions: Where they stand among all parameters of the optimizer; ``None``: they are all.
+    """
+
+    def __init__(self, clipper: GradientClipper, recorder: Recorder) -> None:
+        self.clipper, self.recorder = clipper, recorder
+        self.positions: list[int] | None = None
+
+    @property
+    def trace(self) -> Trace:
+        """What happened to them, for report and plot."""
+        return self.recorder.trace
+
+    def state_dict(self) -> dict[str, Any]:
+        """What happened so far, on the host."""
+        self.recorder.summarise()  # takes in what still is on the device
+        return {"clipper": self.clipper.state_dict(), "trace": self.trace.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; what is damaged is a `ValueError`."""
+        trace = Trace.from_state(state["trace"])
+        self.clipper.load_state_dict(state["clipper"])
+        self.recorder.trace = trace
+
+
+class OptimizerScopes:
+    """One optimizer: its scopes, and what is known of its steps.
+
+    Attributes:
+        optimizer: The one that steps now.
+        gate: What stands before its steps.
+        prefix: What its keys start with.
+        scopes: By the name of the group, which ends in a slash; by no name without groups.
+        first_batch: Of the accumulation window that is going on.
+        announced: How many steps Lightning has announced.
+        measured: At how many of them there was a gradient.
+        passed_by: How many steps were made within batches that nobody has announced.
+    """
+
+    def __init__(self, optimizer: Any, prefix: str) -> None:
+        self.prefix, self.scopes = prefix, dict[str, Scope]()
+        self.first_batch: int | None = None
+        self.announced = self.measured = self.passed_by = 0
+        self.is_told_of = False
+        self.follow(optimizer)
+
+    def follow(self, optimizer: Any) -> None:
+        """Go on with an optimizer that has taken the place of the one before."""
+        self.optimizer, self.gate, self._seen = optimizer, StepGate.of(optimizer), list[int]()
+        self._passed_before = self.gate.passed_by
+        for scope in self.scopes.values():
+            scope.clipper.release()
+
+    def announce(self, has_loss: bool) -> None:
+        """A step is coming; without a loss, nobody expects gradients."""
+        self.announced += has_loss
+        self.gate.expect(self.optimizer)
+
+    @property
+    def computes_again(self) -> bool:
+        """Whether the step that is being made has computed its gradients before."""
+        return self.gate.computed > 1
+
+    def begin_batch(self, batch_idx: int) -> None:
+        """A batch is coming. Steps between batches (the learning rate finder's trial steps) are nobody's concern."""
+        self.first_batch = batch_idx if self.first_batch is None else self.first_batch
+        self.gate.forget(self.optimizer)
+        self._passed_before = self.gate.passed_by
+
+    def end_batch(self) -> None:
+        """A batch is through."""
+        self.passed_by += self.gate.passed_by - self._passed_before
+        self._passed_before = self.gate.passed_by
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether other parameters stand at other places than when they were named last."""
+        return self._ids() != self._seen
+
+    def _ids(self) -> list[int]:
+        return [id(each) for each in chain.from_iterable(group["params"] for group in self.optimizer.param_groups)]
+
+    def why_not_clipped(self, has_ended: bool) -> str:
+        """What is to be said of steps that were not clipped; nothing if all is well.
+
+        Args:
+            has_ended: Whether to speak of an optimizer that has made no step at all.
+        """
+        name, steps = type(self.optimizer).__name__, self.announced + self.passed_by
+        if self.passed_by:
+            return (
+                f"saw {self.announced or 'none'} of the {steps} steps of `{name}` so far: the others were not clipped."
+                " In manual optimization, step what `self.optimizers()` returns: `optimizer.step()`, not"
+                " `optimizer.optimizer.step()`."
+            )
+        if self.announced and not self.measured:
+            return (
+                f"saw {steps} steps of `{name}` so far, and none of its parameters had a gradient, so none was"
+                " clipped. If the model trains all the same, something else makes its steps: other optimizers, perhaps"
+                " within the backward pass, or copies of the weights that get their gradients inside of the step. It"
+                " cannot clip those."
+            )
+        if has_ended and not steps:
+            return (
+                f"saw no step of `{name}` so far, so none was clipped. In manual optimization, step what"
+                " `self.optimizers()` returns. Optimizers that `trainer.optimizers` does not hold are not clipped."
+            )
+        return ""
+
+    def take_in(
+        self, positions: Mapping[str, list[int] | None], scope_of: Callable[[str], Scope], named: Named
+    ) -> None:
+        """Say which parameters are in which scope, and what they are called."""
+        self.scopes = {group: scope_of(self.prefix + group) for group in positions}
+        parameters, names = parameters_of(self.optimizer), dict(reversed(named))  # of several names the first
+        for group, scope in self.scopes.items():
+            scope.positions = positions[group]
+            at = range(len(parameters)) if scope.positions is None else scope.positions
+            chosen = [names.get(id(parameters[i]), f"parameter {i}") for i in at]
+            scope.trace.follow(chosen, [_numel(parameters[i]) for i in at])
+        self._seen = [] if any(map(is_lazy, parameters)) else self._ids()  # lazy ones have a size at the next step
+
+    def keep(self, records: Sequence[StepRecord | None], step: int, epoch: int, batch: int) -> None:
+        """Hand the records of a step, one per scope, to the recorders."""
+        first = batch if self.first_batch is None else self.first_batch
+        self.first_batch = None
+        self.measured += any(record is not None for record in records)
+        for scope, record in zip(self.scopes.values(), records, strict=True):
+            if record is not None:
+                scope.recorder.add(record, step=step, epoch=epoch, first_batch=first, last_batch=batch)
+
+
+def _numel(parameter: Tensor) -> int:
+    """The number of entries; 0 where nobody knows it: of lazy parameters, and of FSDP1's, which ranks have parts of."""
+    is_part = getattr(parameter, "_fsdp_flattened", False)
+    return 0 if is_lazy(parameter) or is_part else parameter.numel()
