@@ -33,6 +33,7 @@ class StepGate:
         self._is_within = False  # a closure
         self._taken: list[tuple[Tensor, Tensor]] = []
         self._given_back: list[tuple[Tensor, Tensor]] = []
+        self._is_asked = False  # to drop them: else they would be held for nothing
         self._was_zeroed = self._notes_zero_grad = False  # while they are taken
         self._found_inf: Tensor | None = None
 
@@ -74,8 +75,8 @@ class StepGate:
             self._take(optimizer)
 
     def settle(self) -> None:
-        """Say that no step is being made now."""
-        self._is_young = not self.has_hooks
+        """Say that no step is being made now, and that :meth:`drop_left_out` is called before each backward pass."""
+        self._is_young, self._is_asked = not self.has_hooks, True
 
     def leave_out_if(self, found_inf: Tensor, optimizer: Any) -> None:
         """Have the coming step of a fused optimizer change nothing if this, on its device, is 1."""
@@ -124,9 +125,10 @@ class StepGate:
             return
         self.passed_by += not self._is_expected
         self.computed, self._depth, self._is_expected = 0, 0, False
-        self._given_back = [] if self._was_zeroed else [each for each in self._taken if each[0].grad is None]
-        for parameter, gradient in self._given_back:
+        given_back = [] if self._was_zeroed else [each for each in self._taken if each[0].grad is None]
+        for parameter, gradient in given_back:
             parameter.grad = gradient
+        self._given_back = given_back if self._is_asked else []
         self._taken = []
         self._note_zero_grad(optimizer, False)
 
