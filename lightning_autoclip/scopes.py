@@ -74,8 +74,7 @@ class Scopes:
         found = {known.prefix: self._positions(known.optimizer, named) for known in self.optimizers}
         needed = [prefix + group for prefix, groups in found.items() for group in groups]
         held = self._by_prefix.keys()
-        # A group may have joined after the last step of the checkpoint.
-        # Or an optimizer has joined in mid-fit, and will do so again.
+        # A group may have joined after the last step of the checkpoint, or an optimizer in mid-fit, as it will again.
         if held and not (held >= set(needed) or (self._settings.groups is not None and held <= set(needed))):
             raise MisconfigurationException(
                 f"The checkpoint holds the records {', '.join(held)}, but this run needs {', '.join(needed)}. Resume"
@@ -103,14 +102,15 @@ class Scopes:
         for running in self.optimizers:
             if running.optimizer is optimizer:
                 return running
-        ours, there = {id(each) for each in wrapped_in(optimizer)}, [wrapped_in(each) for each in optimizers]
+        ours = set(map(id, wrapped_in(optimizer)))
+        present = {id(each) for theirs in optimizers for each in wrapped_in(theirs)}
         known: OptimizerScopes | None = next((each for each in self.optimizers if id(each.optimizer) in ours), None)
-        if known is None and any(id(each) in ours for chain_of in there for each in chain_of):
-            present = {id(each) for chain_of in there for each in chain_of}
+        if known is None and not ours.isdisjoint(present):
             free = [each for each in self.optimizers if id(each.optimizer) not in present]
             known = self._predecessor(optimizer, optimizers, free)
             if known is None:
-                known = OptimizerScopes(optimizer, self._free_prefix(optimizer))
+                taken = [each.prefix for each in self.optimizers]
+                known = OptimizerScopes(optimizer, _free_prefix(optimizer, taken))
                 self.optimizers.append(known)
         if known is None:
             raise MisconfigurationException(
@@ -182,20 +182,19 @@ class Scopes:
         group_of = None if isinstance(groups, str) else group_by_id(groups, named)
         return {f"{group}/": at for group, at in positions_by_group(optimizer, group_of).items()}
 
-    def _free_prefix(self, optimizer: Any) -> str:
-        """Of an optimizer that has joined those that are there."""
-        name, taken = type(optimizer).__name__, {known.prefix for known in self.optimizers}
-        numbered = chain([name], (f"{name}-{i}" for i in range(1, len(taken) + 1)))
-        return next(prefix for each in numbered if (prefix := f"autoclip/{each}/") not in taken)
-
 
 def _prefixes(optimizers: Sequence[Any]) -> list[str]:
     """``autoclip/`` for one optimizer; for several their class names too, numbered as `LearningRateMonitor` does."""
     if len(optimizers) == 1:
         return ["autoclip/"]
-    names: list[str] = []
+    prefixes: list[str] = []
     for optimizer in optimizers:
-        name = type(optimizer).__name__
-        same = sum(other == name or other.startswith(f"{name}-") for other in names)
-        names.append(f"{name}-{same}" if same else name)
-    return [f"autoclip/{name}/" for name in names]
+        prefixes.append(_free_prefix(optimizer, prefixes))
+    return prefixes
+
+
+def _free_prefix(optimizer: Any, taken: Sequence[str]) -> str:
+    """The first that no other optimizer has: of its class's name, or of that with a number."""
+    name = type(optimizer).__name__
+    numbered = chain([name], (f"{name}-{i}" for i in range(1, len(taken) + 1)))
+    return next(prefix for each in numbered if (prefix := f"autoclip/{each}/") not in taken)

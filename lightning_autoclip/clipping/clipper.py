@@ -248,9 +248,11 @@ def _gate_of(
     return gate
 
 
-def _have_gradients(parameters: Sequence[Tensor], positions: Sequence[int] | None, are_shared: bool = False) -> bool:
+def _have_gradients(
+    parameters: Sequence[Tensor], positions: Sequence[int] | None, may_be_elsewhere: bool = False
+) -> bool:
     """Whether there is a gradient of a group, or, if processes share them, whether one of them may have one."""
-    if are_shared:
+    if may_be_elsewhere:
         return positions is None or any(parameters[position].requires_grad for position in positions)
     return any(parameter.grad is not None for parameter in at(parameters, positions))
 
