@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 
@@ -27,6 +27,8 @@ class Problem:
         validation: One batch.
         error: From a batch to the figure that runs are compared by, above 0, lower is better; the loss if `None`.
         spoil: Makes a bad batch of a good one.
+        rates: Where parts of the network have learning rates of their own: by name, relative to the task's.
+        players: Where parts of the network have optimizers of their own: by name, what each minimises.
     """
 
     network: nn.Module
@@ -35,6 +37,8 @@ class Problem:
     validation: Batch
     error: Callable[[nn.Module, Batch], Tensor] | None = None
     spoil: Callable[[Batch], Batch] | None = None
+    rates: dict[str, float] = field(default_factory=dict)
+    players: dict[str, Callable[[nn.Module, Batch], Tensor]] = field(default_factory=dict)
 
 
 class CharLSTM(nn.Module):
@@ -93,7 +97,7 @@ def text(network: Callable[[], nn.Module]) -> Problem:
         return (torch.randint_like(batch[0], CHARACTERS),)
 
     windows, later = text_windows()
-    return Problem(network(), loss, _batches(16, windows), (later,), spoil=noise)
+    return Problem(network(), loss, batches(16, windows), (later,), spoil=noise)
 
 
 def perceptron(features: int, outputs: int, width: int = 64, depth: int = 5, gain: float = math.sqrt(2)) -> nn.Module:
@@ -123,7 +127,7 @@ def images(network: Callable[[], nn.Module]) -> Problem:
         return 30 * batch[0], batch[1][torch.randperm(len(batch[1]))]
 
     pixels, classes = digits()
-    train = _batches(32, pixels[:1200], classes[:1200])
+    train = batches(32, pixels[:1200], classes[:1200])
     return Problem(network(), loss, train, (pixels[1200:], classes[1200:]), spoil=outlier)
 
 
@@ -138,7 +142,7 @@ def autoencoder() -> Problem:
 
     pixels, _ = digits()
     network = nn.Sequential(*perceptron(64, 8, depth=2), *perceptron(8, 64, depth=2))
-    return Problem(network, loss, _batches(32, pixels[:1200]), (pixels[1200:],), spoil=outlier)
+    return Problem(network, loss, batches(32, pixels[:1200]), (pixels[1200:],), spoil=outlier)
 
 
 def separation(objective: str) -> Problem:
@@ -152,7 +156,7 @@ def separation(objective: str) -> Problem:
     loss = _OBJECTIVES[objective]
     validation = (sources[320:],)
     error = (lambda network, batch: 10 ** (loss(network, batch) / 10)) if objective == "snr" else None
-    return Problem(Separator(), loss, _batches(8, sources[:320]), validation, error)
+    return Problem(Separator(), loss, batches(8, sources[:320]), validation, error)
 
 
 def _parts(network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -235,7 +239,7 @@ def _clustered(embeddings: Tensor, magnitude: Tensor) -> Tensor:
     return torch.stack((first, ~first)).float()
 
 
-def _batches(size: int, *tensors: Tensor) -> Iterator[Batch]:
+def batches(size: int, *tensors: Tensor) -> Iterator[Batch]:
     """Random batches from the global generator."""
     while True:
         drawn = torch.randint(len(tensors[0]), (size,))

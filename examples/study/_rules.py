@@ -1,6 +1,7 @@
 """The rules that are compared, by name: what clips, as callbacks of the Trainer or as its own argument."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_autoclip import AutoClip, GradientClipping, ZScore
+from lightning_autoclip import AutoClip, Constant, GradientClipping, ZScore
 
 FIXED_NORMS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 FIXED_VALUES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -19,7 +20,21 @@ FIXED_VALUES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 Norms = list[float]
 
 
-class Candidate(Callback):
+class Candidates(Callback):
+    """Clips by a rule that is not in the library; each optimizer has its own, with a record of its own.
+
+    Args:
+        rule: Builds one.
+    """
+
+    def __init__(self, rule: Callable[[], "Candidate"]) -> None:
+        self.rules: dict[Optimizer, Candidate] = defaultdict(rule)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.rules[optimizer].step(optimizer)
+
+
+class Candidate:
     """A rule that is not in the library: it sees the gradient of each step and may change it in place."""
 
     def __init__(self, window: int | None = 100) -> None:
@@ -27,17 +42,17 @@ class Candidate(Callback):
         self.norms: Norms = []
         self.factors: list[float] = []
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+    def step(self, optimizer: Optimizer) -> None:
+        gradients = [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
         norm = total_norm(gradients)
         if not norm < math.inf:
-            pl_module.zero_grad()
+            optimizer.zero_grad()
             return
         self.norms.append(norm)
-        self.clip(gradients, norm, pl_module)
+        self.clip(gradients, norm, optimizer)
         self.factors.append(total_norm(gradients) / norm if norm else 1.0)
 
-    def clip(self, gradients: list[Tensor], norm: float, pl_module: LightningModule) -> None:
+    def clip(self, gradients: list[Tensor], norm: float, optimizer: Optimizer) -> None:
         raise NotImplementedError
 
     def percentile(self, percentile: float, norms: Norms | None = None) -> float:
@@ -52,7 +67,7 @@ class Both(Candidate):
         super().__init__()
         self.q, self.times = percentile, times
 
-    def clip(self, gradients: list[Tensor], norm: float, pl_module: LightningModule) -> None:
+    def clip(self, gradients: list[Tensor], norm: float, optimizer: Optimizer) -> None:
         threshold = self.percentile(self.q)
         limit = self.times * threshold / math.sqrt(sum(gradient.numel() for gradient in gradients))
         for gradient in gradients:
@@ -67,7 +82,7 @@ class Growing(Candidate):
         super().__init__()
         self.q = percentile
 
-    def clip(self, gradients: list[Tensor], norm: float, pl_module: LightningModule) -> None:
+    def clip(self, gradients: list[Tensor], norm: float, optimizer: Optimizer) -> None:
         self.window = max(100, len(self.norms) // 2)
         scale_to(self.percentile(self.q), gradients)
 
@@ -79,7 +94,7 @@ class Trend(Candidate):
         super().__init__()
         self.q = percentile
 
-    def clip(self, gradients: list[Tensor], norm: float, pl_module: LightningModule) -> None:
+    def clip(self, gradients: list[Tensor], norm: float, optimizer: Optimizer) -> None:
         logarithms = np.log(np.maximum(self.norms[-100:], 1e-30))
         steps = np.arange(len(logarithms))
         line = np.polyval(np.polyfit(steps, logarithms, 1), steps) if len(steps) > 10 else np.zeros(len(steps))
@@ -93,8 +108,8 @@ class Relative(Candidate):
         super().__init__()
         self.q, self.ratios = percentile, []
 
-    def clip(self, gradients: list[Tensor], norm: float, pl_module: LightningModule) -> None:
-        size = total_norm([parameter.detach() for parameter in pl_module.parameters()])
+    def clip(self, gradients: list[Tensor], norm: float, optimizer: Optimizer) -> None:
+        size = total_norm([parameter.detach() for parameter in parameters_of(optimizer)])
         self.ratios.append(norm / size)
         scale_to(self.percentile(self.q, self.ratios) * size, gradients)
 
@@ -106,7 +121,7 @@ class PerTensor(Candidate):
         super().__init__()
         self.q, self.records = percentile, {}
 
-    def clip(self, gradients: list[Tensor], norm: float, pl_module: LightningModule) -> None:
+    def clip(self, gradients: list[Tensor], norm: float, optimizer: Optimizer) -> None:
         for i, gradient in enumerate(gradients):
             record = self.records.setdefault(i, [])
             if (norm := float(gradient.norm())) > 0:
@@ -119,7 +134,7 @@ class ZClip(Candidate):
 
     mean = variance = 0.0
 
-    def clip(self, gradients: list[Tensor], norm: float, pl_module: LightningModule) -> None:
+    def clip(self, gradients: list[Tensor], norm: float, optimizer: Optimizer) -> None:
         seen, z = len(self.norms), 2.5
         if seen <= 25:
             self.mean, self.variance = float(np.mean(self.norms)), float(np.var(self.norms))
@@ -143,14 +158,18 @@ class AGC(Candidate):
         super().__init__()
         self.most = most
 
-    def clip(self, gradients: list[Tensor], norm: float, pl_module: LightningModule) -> None:
-        *parameters, _, _ = pl_module.parameters()
+    def clip(self, gradients: list[Tensor], norm: float, optimizer: Optimizer) -> None:
+        *parameters, _, _ = parameters_of(optimizer)
         for parameter in (parameter for parameter in parameters if parameter.grad is not None):
             over = tuple(range(1, parameter.dim())) or (0,)
             weight, gradient = (
                 tensor.square().sum(over, keepdim=True).sqrt() for tensor in (parameter.detach(), parameter.grad)
             )
             parameter.grad.mul_((self.most * weight.clamp(min=1e-3) / gradient.clamp(min=1e-6)).clamp(max=1))
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def total_norm(gradients: list[Tensor]) -> float:
@@ -167,12 +186,18 @@ def fixed(algorithm: str, threshold: float) -> dict[str, Any]:
     return {"gradient_clip_algorithm": algorithm, "gradient_clip_val": threshold}
 
 
+def by_callback(gradient_clip_algorithm: str, gradient_clip_val: float) -> dict[str, Any]:
+    """The same for manual optimization, where the Trainer refuses its own argument."""
+    kind = partial(GradientClipping, gradient_clip_algorithm=gradient_clip_algorithm, nonfinite="ignore", verbose=False)
+    return {"callbacks": [kind(Constant(gradient_clip_val))]}
+
+
 def ours(*args: Any, **kwargs: Any) -> dict[str, Any]:
     return {"callbacks": [AutoClip(*args, verbose=False, **kwargs)]}
 
 
 def candidate(kind: type[Candidate], *args: Any) -> dict[str, Any]:
-    return {"callbacks": [kind(*args)]}
+    return {"callbacks": [Candidates(partial(kind, *args))]}
 
 
 BASELINES: dict[str, Callable[[], dict[str, Any]]] = {"none": dict}

@@ -18,14 +18,16 @@ class Task:
         lr: The learning rate.
         steps: Optimizer steps.
         group: Where the task counts: ``"choose"`` (a rule may be chosen by it), ``"report"`` (held out),
-            ``"scale"`` (loss scaled, learning rate divided alike), ``"rate"`` (tolerance to the learning rate) or
-            ``"paper"`` (its table in miniature).
-        hot: Whether the learning rate is four times the tuned one.
+            ``"scale"`` (loss scaled, learning rate divided alike), ``"rate"`` (tolerance to the learning rate),
+            ``"paper"`` (its table in miniature) or ``"new"`` (new ground).
+        hot: Whether the learning rate is four times the tuned one or more.
         loss_scale: What the loss is multiplied by.
         bad: Probability of a bad batch.
         decay: Whether the learning rate falls to zero along a cosine.
         objective: Of a separation, for its SI-SDR.
         repeats: How many times as many seeds as others: small models are noisier, and cheap.
+        factor: Of new ground, how many times the tuned learning rate it is.
+        warmup: Share of the steps in which the learning rate rises, along a line, before it falls.
     """
 
     problem: Callable[[], Problem]
@@ -39,6 +41,8 @@ class Task:
     decay: bool = False
     objective: str = ""
     repeats: int = 1
+    factor: float = 1.0
+    warmup: float = 0.0
 
 
 sgd = partial(torch.optim.SGD, momentum=0.9)
