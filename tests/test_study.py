@@ -104,3 +104,79 @@ def test_the_recorded_study_is_whole():
         assert {rule: figures["seeds"] for rule, figures in summary[task].items()} == dict.fromkeys(
             RULES, 3 * TASKS[task].repeats
         )
+
+
+NEW = ("resnet BN, SGD", "resnet LN, Nesterov", "regression, SGD without momentum", "deep mlp, SGD of momentum 0.99",
+       "gru, Nesterov", "words, SGD", "adapters, SGD", "logistic from zero, SGD", "GAN, SGD without momentum",
+       "fine-tuning in groups, SGD")  # fmt: skip
+
+
+def test_every_task_of_new_ground_is_there_at_four_rates():
+    from _tasks import NEW_TASKS, TASKS
+
+    assert tuple(NEW_TASKS) == NEW
+    for name in NEW:
+        rates = [TASKS[f"{name}, x{factor}"].lr for factor in ("1/4", "1", "4", "16")]
+        np.testing.assert_allclose(rates, np.array([0.25, 1, 4, 16]) * NEW_TASKS[name].lr)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_rules_train_on_new_ground_from_the_same_start(name):
+    """What never clips is what is not clipped, to the bit, whatever the way to clip; AGC leaves a last layer alone."""
+    from study import train
+
+    rules = ("none", "fixed norm 0.01", "fixed value 10", "norm p50", "AGC 0.01")
+    errors = {rule: train((f"{name}, x1", rule, 0, 5))["error"] for rule in rules}
+    assert all(np.isfinite(error) and error > 0 for error in errors.values())
+    assert errors["none"] == errors["fixed value 10"]
+    assert errors["none"] != errors["fixed norm 0.01"]
+    assert (errors["none"] == errors["AGC 0.01"]) == name.startswith("logistic")
+
+
+def test_what_is_trained_is_what_the_task_says():
+    from _tasks import TASKS
+    from study import Learner
+
+    def optimizers(name):
+        task = TASKS[f"{name}, x1"]
+        found = Learner(task, task.problem(), 100).configure_optimizers()
+        return found if isinstance(found, list) else [found]
+
+    (adapters,) = optimizers("adapters, SGD")
+    assert len(adapters.param_groups[0]["params"]) == 8
+    (groups,) = optimizers("fine-tuning in groups, SGD")
+    np.testing.assert_allclose(groups.param_groups[0]["lr"] * 10, groups.param_groups[1]["lr"])
+    assert len(optimizers("GAN, SGD without momentum")) == 2
+
+
+def test_the_rate_rises_along_a_line_and_falls_along_a_cosine():
+    from _tasks import TASKS
+    from study import Learner
+
+    task = TASKS["resnet BN, SGD, x1"]
+    found = Learner(task, task.problem(), 100).configure_optimizers()
+    optimizer, schedule = found["optimizer"], found["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"] / task.lr)
+        optimizer.step()
+        schedule.step()
+    falling = (1 + np.cos(np.pi * np.arange(90) / 90)) / 2
+    np.testing.assert_allclose(rates, [*np.linspace(0.1, 0.91, 10), *falling], atol=1e-6)
+
+
+def test_a_pretrained_network_is_the_same_whenever_it_is_trained():
+    import torch
+    from _heldout import _pretrained, adapters
+
+    drawn = []
+    for _ in range(2):  # trained anew, then taken from memory
+        torch.manual_seed(3)
+        network = adapters().network
+        drawn.append((network[0].down.detach().clone(), network[0].frozen.weight.clone(), torch.rand(())))
+    _pretrained.cache_clear()
+    torch.manual_seed(3)
+    network = adapters().network
+    drawn.append((network[0].down.detach(), network[0].frozen.weight, torch.rand(())))
+    for again in drawn[1:]:
+        assert all(torch.equal(*pair) for pair in zip(drawn[0], again, strict=True))

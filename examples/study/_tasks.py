@@ -1,10 +1,22 @@
 """The trainings that the rules are compared on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from _heldout import (
+    Recurrent,
+    adapters,
+    batch_norm_resnet,
+    causal_text,
+    fine_tuning,
+    game,
+    lower_halves,
+    new_digits,
+    tumours,
+    words,
+)
 from _problems import CharGPT, CharLSTM, Problem, autoencoder, convolutions, images, perceptron, separation, text
 
 
@@ -19,7 +31,7 @@ class Task:
         steps: Optimizer steps.
         group: Where the task counts: ``"choose"`` (a rule may be chosen by it), ``"report"`` (held out),
             ``"scale"`` (loss scaled, learning rate divided alike), ``"rate"`` (tolerance to the learning rate),
-            ``"paper"`` (its table in miniature) or ``"new"`` (new ground).
+            ``"paper"`` (its table in miniature) or ``"new"`` (new ground, see `NEW_TASKS`).
         hot: Whether the learning rate is four times the tuned one or more.
         loss_scale: What the loss is multiplied by.
         bad: Probability of a bad batch.
@@ -51,6 +63,7 @@ lstm, gpt = partial(text, CharLSTM), partial(text, CharGPT)
 mlp = partial(images, partial(perceptron, 64, 10))
 small_mlp = partial(images, partial(perceptron, 64, 10, gain=0.7))
 conv = partial(images, convolutions)
+deep_mlp = partial(new_digits, partial(perceptron, 64, 10, width=48, depth=12))
 
 # Rates are tuned without clipping, see rates.py; hot ones are four times as high.
 TASKS = {
@@ -78,4 +91,25 @@ TASKS |= {f"rate {rate:g}": Task(mlp, sgd, rate, 800, "rate") for rate in (0.01,
 TASKS |= {
     f"paper {name}": Task(partial(separation, name), adam, 5e-3, 350, "paper", objective=name)
     for name in ("dc", "wkm", "mi", "chimera", "snr")
+}
+
+# New ground: no rule has been tuned on it, and it was fixed before any was trained. At tuned rates, see rates.py.
+NEW_TASKS = {
+    "resnet BN, SGD": Task(
+        partial(new_digits, batch_norm_resnet), partial(sgd, weight_decay=5e-4), 0.1, 250, "new", decay=True, warmup=0.1
+    ),
+    "resnet LN, Nesterov": Task(causal_text, partial(sgd, nesterov=True), 0.2, 250, "new", decay=True),
+    "regression, SGD without momentum": Task(lower_halves, torch.optim.SGD, 0.8, 400, "new"),
+    "deep mlp, SGD of momentum 0.99": Task(deep_mlp, partial(sgd, momentum=0.99), 0.004, 400, "new", decay=True),
+    "gru, Nesterov": Task(partial(new_digits, Recurrent), partial(sgd, nesterov=True), 0.4, 300, "new"),
+    "words, SGD": Task(words, sgd, 0.8, 400, "new"),
+    "adapters, SGD": Task(adapters, sgd, 0.05, 300, "new"),
+    "logistic from zero, SGD": Task(tumours, sgd, 0.02, 300, "new"),
+    "GAN, SGD without momentum": Task(game, torch.optim.SGD, 0.2, 400, "new"),
+    "fine-tuning in groups, SGD": Task(fine_tuning, sgd, 0.4, 300, "new"),
+}
+TASKS |= {
+    f"{name}, x{label}": replace(task, lr=factor * task.lr, factor=factor, hot=factor > 1)
+    for name, task in NEW_TASKS.items()
+    for label, factor in (("1/4", 0.25), ("1", 1.0), ("4", 4.0), ("16", 16.0))
 }
