@@ -31,7 +31,7 @@ class Flat(nn.Sequential):
 
 
 def batch_norm_resnet(width: int = 8) -> nn.Module:
-    """A convolution, two residual blocks of two convolutions, and a linear layer; batch normalisation throughout."""
+    """Two residual blocks of two convolutions, one before each, and a linear layer; batch normalisation throughout."""
 
     def conv(i: int, o: int, stride: int = 1) -> list[nn.Module]:
         return [nn.Conv2d(i, o, 3, stride, padding=1, bias=False), nn.BatchNorm2d(o)]
