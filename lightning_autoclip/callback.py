@@ -197,7 +197,6 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
                 f" `{type(self).__name__}` does not support. Remove the callback or use another optimizer."
             )
         if known.has_changed:  # parameters have joined, or changed places
-            self._telling.flush(trainer)  # what is held has the places of before
             self._scopes.take_in(known, parameter_names(pl_module))
         where = trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.current_epoch, self._batch_idx or 0
         parts = [(scope.clipper, scope.positions) for scope in known.scopes.values()]
@@ -216,6 +215,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     # --- end of fit and checkpoints -----------------------------------------------------------------------------------
 
+    @in_a_loop
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left and what it amounts to; warn of optimizers that stepped past the callback."""
         self._telling.end(trainer, self.report, self.spikes)
@@ -232,9 +232,10 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     @in_a_loop
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Log what the checkpoint counts as done: a resumed run neither repeats nor misses a row."""
+        """Keep what waits for its row in the checkpoint: a resumed run neither repeats nor misses a row."""
         self._telling.warn_if_trained_elsewhere(trainer)
-        self._telling.flush(trainer)
+        self._telling.before_checkpoint(trainer)
+        self._scopes.update_held(checkpoint.get("callbacks", {}).get(self.state_key, {}).get("scopes", {}))
         if self._clipping is not None:
             self._clipping.release()
 

@@ -150,6 +150,11 @@ class Scopes:
         """What happened so far, by prefix."""
         return {prefix: scope.state_dict() for prefix, scope in self._by_prefix.items()}
 
+    def update_held(self, state: dict[str, Any]) -> None:
+        """Bring up to date which steps wait for their row in what :meth:`state_dict` returned."""
+        for prefix, saved in state.items():
+            saved["held"] = self._by_prefix[prefix].recorder.state_dict()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, all of it or, at an error, nothing.
 
@@ -160,8 +165,7 @@ class Scopes:
             scope.load_state_dict(state[prefix])
         running = {known.prefix + group: scope for known in self.optimizers for group, scope in known.scopes.items()}
         for prefix, scope in running.items():
-            restored = loaded.get(prefix) or self._new(prefix)
-            scope.clipper, scope.recorder.trace = restored.clipper, restored.trace
+            scope.go_on_from(loaded.get(prefix) or self._new(prefix))
         self._by_prefix = loaded | running
 
     def _scope(self, prefix: str) -> Scope:

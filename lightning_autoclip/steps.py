@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from lightning_autoclip.clipping.clipper import GradientClipper, StepRecord
 from lightning_autoclip.clipping.gate import StepGate
 from lightning_autoclip.clipping.optimizers import parameters_of
+from lightning_autoclip.monitoring.held import Held
 from lightning_autoclip.monitoring.recorder import Recorder
 from lightning_autoclip.monitoring.trace import Trace
 
@@ -42,14 +43,19 @@ class Scope:
 
     def state_dict(self) -> dict[str, Any]:
         """What happened so far, on the host."""
-        self.recorder.summarise()  # takes in what still is on the device
-        return {"clipper": self.clipper.state_dict(), "trace": self.trace.state_dict()}
+        held = self.recorder.state_dict()  # takes in what still is on the device
+        return {"clipper": self.clipper.state_dict(), "trace": self.trace.state_dict(), "held": held}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; what is damaged is a `ValueError`."""
-        trace = Trace.from_state(state["trace"])
+        trace, held = Trace.from_state(state["trace"]), Held.from_state(state["held"])
         self.clipper.load_state_dict(state["clipper"])
-        self.recorder.trace = trace
+        self.recorder.restore(trace, held)
+
+    def go_on_from(self, other: Scope) -> None:
+        """Take over what happened to another one."""
+        self.clipper = other.clipper
+        self.recorder.restore(other.trace, other.recorder.held)
 
 
 class OptimizerScopes:
@@ -146,7 +152,7 @@ class OptimizerScopes:
             scope.positions = positions[group]
             at = range(len(parameters)) if scope.positions is None else scope.positions
             chosen = [names.get(id(parameters[i]), f"parameter {i}") for i in at]
-            scope.trace.follow(chosen, [_numel(parameters[i]) for i in at])
+            scope.recorder.follow(chosen, [_numel(parameters[i]) for i in at])
         self._seen = [] if any(map(is_lazy, parameters)) else self._ids()  # lazy ones have a size at the next step
 
     def keep(self, records: Sequence[StepRecord | None], step: int, epoch: int, batch: int) -> None:

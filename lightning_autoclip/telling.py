@@ -61,7 +61,7 @@ class Telling:
     def after_batch(self, trainer: Trainer) -> None:
         """Log a row every ``log_every_n_steps``; warn in time of optimizers whose steps are not clipped."""
         every = log_every(trainer) or _ROWS_WITHOUT_LOGGING
-        if any(scope.recorder.is_due(every) for scope in self._scopes):
+        if self._is_due(trainer):
             self.flush(trainer)
         for known in self._scopes.optimizers:
             known.end_batch()
@@ -73,15 +73,29 @@ class Telling:
 
     def flush(self, trainer: Trainer) -> None:
         """Send what is held to every logger."""
+        told, parts = _loggers(trainer), []
         for scope in self._scopes:
-            rows, points = scope.recorder.flush()
+            parts.append((scope.recorder.prefix, *scope.recorder.flush()))
             scope.clipper.measure_next()  # each row knows what clipping did
-            alert_nonfinite = not self._settings.has_scaler
-            loggers.send(
-                _loggers(trainer), scope.recorder.prefix, rows, points, alert_nonfinite=alert_nonfinite, **self._options
-            )
+        loggers.send(told, loggers.joined(rows for _, rows, _ in parts))
+        for prefix, _, points in parts:
+            loggers.illustrate(told, prefix, points, alert_nonfinite=not self._settings.has_scaler, **self._options)
         if not self._has_told:
             self._warn_of_nonfinite()
+
+    def before_checkpoint(self, trainer: Trainer) -> None:
+        """See to it that a resumed run neither repeats nor misses a row: what is held is part of the checkpoint.
+
+        The rows of single steps are sent, since the run may go on to where it ends without another checkpoint.
+        """
+        if self._is_due(trainer) or _is_last(trainer):
+            self.flush(trainer)
+        else:
+            loggers.send(_loggers(trainer), loggers.joined(scope.recorder.flush_steps() for scope in self._scopes))
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        every = log_every(trainer) or _ROWS_WITHOUT_LOGGING
+        return any(scope.recorder.is_due(every) for scope in self._scopes)
 
     def end(self, trainer: Trainer, report: Callable[[], Report], spikes: Callable[[], list[dict[str, Any]]]) -> None:
         """Log what is left and what it amounts to, print the report, warn of what went past."""
@@ -156,6 +170,17 @@ def log_every(trainer: Trainer) -> int:
     """Every how many steps the Trainer logs; 0 for never."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
     return every
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether the fit ends with this step, as far as that can be known: whoever stops it may do so later."""
+    loop = trainer.fit_loop
+    in_last_epoch = trainer.max_epochs not in (None, -1) and loop.epoch_progress.current.ready >= trainer.max_epochs
+    return bool(
+        trainer.global_step >= trainer.max_steps > -1
+        or (in_last_epoch and loop.epoch_loop.batch_progress.is_last_batch)
+        or (trainer.should_stop and loop._can_stop_early)
+    )
 
 
 def _loggers(trainer: Trainer) -> list[Logger]:

@@ -12,7 +12,19 @@ import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
 _CLIPPING = ["_numbers", "record", "metric", "policies", "gradients", "gate", "optimizers", "threshold", "clipper"]
-_MONITORING = ["summary", "trace", "recorder", "verdicts", "report", "plot", "checkpoints", "runs", "suggest", "live"]
+_MONITORING = [
+    "summary",
+    "trace",
+    "held",
+    "recorder",
+    "verdicts",
+    "report",
+    "plot",
+    "checkpoints",
+    "runs",
+    "suggest",
+    "live",
+]
 _LOGGERS = ["wandb", "loggers", "workspace"]
 WITHOUT_LIGHTNING = [
     "_checks",

@@ -254,7 +254,8 @@ def test_evaluating_an_older_checkpoint_leaves_the_record_alone(stage, interrupt
     assert record(callback)[0][1] == 30
 
 
-ONES, CLIPPER = torch.ones(7), "scopes.autoclip/.clipper"
+ONES, CLIPPER, HELD = torch.ones(7), "scopes.autoclip/.clipper", "scopes.autoclip/.held"
+POINTS = torch.ones(2, 9, dtype=torch.float64)
 HISTORY = f"{CLIPPER}.history"
 DAMAGES = {
     "": [{}, [1], "state", {"wait_count": 0, "best_score": 1.0}],
@@ -265,6 +266,11 @@ DAMAGES = {
     "scopes": [None, [], {}, [1], "autoclip/", {"autoclip/": None}],
     "scopes.autoclip/": [None, {}, [1]],
     "scopes.autoclip/.trace": [None, {}, [1]],
+    HELD: [None, {}, [1], torch.ones(1)],
+    f"{HELD}.points": [None, [1.0], ONES, POINTS.float(), POINTS[:, :8], POINTS * math.nan, POINTS[0]],
+    f"{HELD}.told": [None, -1, 1000, 1.0, True],
+    f"{HELD}.share_sums": [None, {"a": 1}, {1: 1.0}, [1]],
+    f"{HELD}.share_steps": [None, -1, 1.0],
     CLIPPER: [None, {}, [1]],
     f"{CLIPPER}.steps": [-1, 1.0, None, "1", True],
     f"{CLIPPER}.nonfinite_total": [-1, 1.0, None, "1"],
@@ -289,7 +295,8 @@ def test_a_damaged_or_foreign_state_is_refused(entry, value, interrupted):
 
 
 @pytest.mark.parametrize(
-    "entry", ["settings", "has_scaler", "several_policies", "scopes", "scopes.autoclip/.trace", f"{CLIPPER}.steps"]
+    "entry",
+    ["settings", "has_scaler", "several_policies", "scopes", "scopes.autoclip/.trace", HELD, f"{CLIPPER}.steps"],
 )
 def test_a_state_without_an_entry_is_damaged(entry, interrupted):
     callback, state = AutoClip(10, window=7), load(interrupted)["callbacks"][KEY]

@@ -182,14 +182,14 @@ def test_each_row_sums_up_its_window_and_stands_where_lightning_logs(
 
 @pytest.mark.parametrize("save_every", [None, 3, 7, 13])
 def test_by_value_every_row_knows_what_clipping_did(tmp_path: Path, save_every: int | None) -> None:
-    """However rows are cut short, by checkpoints or by the end of an epoch: a NaN would stop `EarlyStopping`."""
+    """Also the last one, which may be short: a NaN would stop `EarlyStopping`."""
     save = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=save_every)
     stop = EarlyStopping("autoclip/clip_coef_mean", mode="max", patience=100, check_on_train_epoch_end=True)
     options = {"gradient_clip_algorithm": "value", "max_epochs": 6, "steps": 8, "enable_checkpointing": True}
-    run = fit(Noting(), LOGGERS["csv"](tmp_path), save, stop, log_every_n_steps=50, bad={}, **options)
+    run = fit(Noting(), LOGGERS["csv"](tmp_path), save, stop, log_every_n_steps=47, bad={}, **options)
     assert run.global_step == 48
     ours = [row for row in rows(tmp_path) if "autoclip/grad_norm" in row]
-    assert len(ours) >= 4
+    assert [row["step"] for row in ours] == [46, 47]
     assert all(math.isfinite(row["autoclip/clip_coef_mean"]) for row in ours)
 
 
@@ -344,7 +344,102 @@ def test_over_a_resume_each_step_is_logged_once(tmp_path: Path, kind: str, per_e
     norms, written = (first.norms + second.norms)[accumulate - 1 :: accumulate], rows(tmp_path)
     assert len(norms) == 16
     check_steps(written, "autoclip/", norms)
-    check_windows(written, "autoclip/", figures(norms, [4, 6, 9, 13, 14, 15]))
+    check_windows(written, "autoclip/", figures(norms, [4, 6, 9, 14, 15]))
+
+
+@every_logger
+@pytest.mark.parametrize("log_every_step", [False, True], ids=["summaries", "each step too"])
+def test_checkpoints_cut_no_row_short(tmp_path: Path, kind: str, log_every_step: bool) -> None:
+    """Of equal rows the mean is the run's: W&B's summary has it."""
+    model, saving = Noting(), ModelCheckpoint(tmp_path, every_n_train_steps=3)
+    fit(
+        *(model, LOGGERS[kind](tmp_path), saving),
+        **{"log_every_step": log_every_step, "enable_checkpointing": True, "bad": {7: 100.0}, "steps": 5},
+        **{"max_epochs": 3},
+    )
+    written = rows(tmp_path)
+    check_windows(written, "autoclip/", figures(model.norms, [4, 9, 14]))
+    check_steps(written, "autoclip/", model.norms if log_every_step else [])
+    if kind == "wandb":
+        (run,) = read_runs(tmp_path)
+        assert run.summary["autoclip/grad_norm_mean"]["mean"] == pytest.approx(np.mean(model.norms), rel=1e-5)
+
+
+class Killed(Noting):
+    """Its process dies at a step, as of SIGKILL."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        if self.trainer.global_step == 13:
+            np.save("norms.npy", self.norms)
+            os._exit(9)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("every", [5, 1, 50])
+def test_a_run_that_was_killed_goes_on_with_the_row_that_had_begun(tmp_path: Path, every: int) -> None:
+    options = {"log_every_step": True, "enable_checkpointing": True, "log_every_n_steps": every, "max_epochs": 2}
+
+    def run(model: Noting, directory: str, ckpt: Path | None = None) -> None:
+        saving = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=7)
+        fit(model, LOGGERS["csv"](tmp_path / directory), saving, bad={}, ckpt=ckpt, **options)
+
+    process = multiprocessing.get_context("fork").Process(target=run, args=(Killed(), "1"))
+    process.start()
+    process.join(TIME_LIMIT)
+    assert process.exitcode == 9
+    second = Noting()
+    run(second, "2", tmp_path / "saved.ckpt")
+    norms = [*np.load("norms.npy")[:7], *second.norms]  # steps 7 to 12 are made, and logged, once more
+    first_rows, second_rows = rows(tmp_path / "1"), rows(tmp_path / "2")
+    assert [row["step"] for row in first_rows if "autoclip/step/grad_norm" in row] == [
+        *range({5: 10, 1: 13, 50: 7}[every])
+    ]
+    kept = [row for row in first_rows if row["step"] < 7] + second_rows
+    check_steps(kept, "autoclip/", norms)
+    ends = {5: [*range(4, len(norms), 5), len(norms) - 1], 1: [*range(len(norms))], 50: [len(norms) - 1]}[every]
+    check_windows(kept, "autoclip/", figures(norms, ends))
+
+
+@pytest.mark.parametrize("every", [5, 16])
+@pytest.mark.parametrize("validates", [False, True])
+@every_logger
+def test_the_row_of_a_step_and_the_summary_up_to_it_are_one(
+    tmp_path: Path, kind: str, validates: bool, every: int
+) -> None:
+    class Validating(Noting):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.loss(batch)
+
+    model = Validating() if validates else Noting()
+    autoclip, saving = AutoClip(50, window=WINDOW, log_every_step=True), ModelCheckpoint(tmp_path)
+    run = trainer(autoclip, saving, logger=LOGGERS[kind](tmp_path), log_every_n_steps=every, enable_checkpointing=True)
+    run.fit(model, loader(), loader(n=4) if validates else None)
+    written = [row for row in rows(tmp_path) if any(key.startswith("autoclip/step/") for key in row)]
+    if kind == "tensorboard":  # has no rows
+        check_steps(written, "autoclip/", model.norms)
+        return
+    assert [row["step"] for row in written] == [*range(16)]
+    ends = [row["step"] for row in written if "autoclip/grad_norm" in row]
+    assert ends == ([4, 9, 14, 15] if every == 5 else [15])
+
+
+def test_the_rows_of_several_optimizers_at_a_step_are_one(tmp_path: Path) -> None:
+    model = models.OptimizerPerLayer(partial(Adam, lr=0.01), partial(SGD, lr=0.01))
+    fit(model, LOGGERS["csv"](tmp_path), log_every_step=True)
+    ours = [row for row in rows(tmp_path) if "autoclip/Adam/step/grad_norm" in row]
+    assert [row["step"] for row in ours] == [*range(16)]
+    assert all("autoclip/SGD/step/grad_norm" in row for row in ours)
+
+
+def test_of_several_steps_in_a_batch_none_is_lost(tmp_path: Path) -> None:
+    class Twice(models.Manual):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            super().training_step(batch, batch_idx)
+            super().training_step(batch, batch_idx)
+
+    fit(Twice(), LOGGERS["csv"](tmp_path), log_every_step=True)
+    steps = [row["step"] for row in rows(tmp_path) if "autoclip/step/grad_norm" in row]
+    assert steps == [*np.repeat(range(16), 2)]
 
 
 @every_logger

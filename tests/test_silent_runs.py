@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -159,15 +160,18 @@ def test_a_logger_that_raises_stop_iteration_does_not_end_the_training_in_silenc
         trainer(AutoClip(), logger=Broken("."), log_every_n_steps=4).fit(Net(), loader())
 
 
-def test_a_logger_that_raises_stop_iteration_at_a_checkpoint_does_not_end_the_training_in_silence():
+@pytest.mark.parametrize(("log_every_step", "hook"), [(True, "on_save_checkpoint"), (False, "on_train_end")])
+def test_a_logger_that_raises_stop_iteration_later_does_not_end_the_training_in_silence(log_every_step, hook):
     class Broken(CSVLogger):
         def log_metrics(self, metrics, step=None):
             if any(key.startswith("autoclip/") for key in metrics):
                 raise StopIteration
 
     saving = ModelCheckpoint("ck", every_n_train_steps=3, save_top_k=-1)
-    with pytest.raises(RuntimeError, match="met a StopIteration"):
-        trainer(AutoClip(), saving, logger=Broken("."), enable_checkpointing=True).fit(Net(), loader())
+    run = trainer(AutoClip(log_every_step=log_every_step), saving, logger=Broken("."), enable_checkpointing=True)
+    again = pytest.warns(UserWarning, match="could not log its last rows") if log_every_step else nullcontext()
+    with again, pytest.raises(RuntimeError, match=f"`{hook}` met a StopIteration"):
+        run.fit(Net(), loader())
 
 
 class PerLayer(Stepping):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from lightning_autoclip.monitoring.summary import Point
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
+
+Row = tuple[int, dict[str, float]]
+"""What is logged at a step."""
 
 _TABLE = "autoclip_spikes"
 
@@ -35,36 +39,51 @@ def describe(loggers: Iterable[Logger], keys: Iterable[str], settings: dict[str,
             wandb.log_settings(logger, settings)
 
 
-def send(
+def send(loggers: Iterable[Logger], rows: Sequence[Row]) -> None:
+    """Log rows, each with its step, and save them; nothing is done if there is none."""
+    for logger in loggers if rows else ():
+        on_wandb = _is(logger, "WandbLogger")
+        for step, row in rows:
+            logger.log_metrics(wandb.finite_part(row) if on_wandb else row, step=step)
+        logger.save()
+
+
+def joined(parts: Iterable[Sequence[Row]]) -> list[Row]:
+    """The rows of several scopes as one row per step; of a scope with several at one step, the first with the first."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for part in parts:
+        seen: Counter[int] = Counter()
+        for step, row in part:
+            found.setdefault((step, seen[step]), {}).update(row)
+            seen[step] += 1
+    return [(step, row) for (step, _), row in sorted(found.items(), key=lambda item: item[0])]
+
+
+def illustrate(
     loggers: Iterable[Logger],
     prefix: str,
-    rows: Sequence[tuple[int, dict[str, float]]],
     points: Sequence[Point],
     *,
     histogram: bool = False,
     alert_above: float | None = None,
     alert_nonfinite: bool = True,
 ) -> None:
-    """Log the rows of one optimizer, and save them.
+    """Send what only Weights & Biases takes, of the steps of one scope that a row sums up.
 
     Args:
         loggers: Those of the Trainer.
-        prefix: Of the optimizer's keys.
-        rows: Each with its step; nothing is logged if there is none.
-        points: The steps that the rows sum up.
-        histogram: Whether a histogram of the norms is logged too.
+        prefix: Of the scope's keys.
+        points: The steps.
+        histogram: Whether a histogram of the norms is logged.
         alert_above: Whether an alert is sent, and of norms how many times their threshold.
         alert_nonfinite: Whether steps that are not finite are alerted of too; with a loss scaler they are usual.
     """
-    for logger in loggers if rows else ():
-        on_wandb = _is(logger, "WandbLogger")
-        for step, row in rows:
-            logger.log_metrics(wandb.finite_part(row) if on_wandb else row, step=step)
-        if on_wandb and histogram:
-            wandb.log_histogram(logger, f"{prefix}grad_norm_histogram", points)
-        if on_wandb and alert_above is not None:
-            wandb.alert(logger, prefix, points, alert_above, alert_nonfinite)
-        logger.save()
+    for logger in loggers:
+        if _is(logger, "WandbLogger") and points:
+            if histogram:
+                wandb.log_histogram(logger, f"{prefix}grad_norm_histogram", points)
+            if alert_above is not None:
+                wandb.alert(logger, prefix, points, alert_above, alert_nonfinite)
 
 
 def conclude(loggers: Iterable[Logger], spikes: Sequence[dict[str, Any]], health: str | None, step: int) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_autoclip.clipping.clipper import StepRecord
-from lightning_autoclip.monitoring.summary import Point, Summary
+from lightning_autoclip.monitoring.held import NOTHING, Held
+from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Trace, by_module, shares_of
 
 _MAX_ON_DEVICE = 1024  # records that may wait on the device, however far apart the rows are
-_NOTHING = Point(-1, -1, -1, -1, *[math.nan] * 5)
 
 
 class Recorder:
@@ -29,6 +30,9 @@ class Recorder:
         layer_depth: The rows also carry the mean share of each module in the squared norm, of modules so many names
             deep; 0 for none.
         trace: Takes in every step, for report and plot.
+
+    Attributes:
+        held: The steps that wait for their row, as far as they are on the host.
     """
 
     def __init__(
@@ -42,23 +46,14 @@ class Recorder:
         self.prefix, self.by_value, self.every_step, self.layer_depth = prefix, by_value, every_step, layer_depth
         self.trace = Trace() if trace is None else trace
         self._on_device: list[tuple[tuple[int, int, int, int], StepRecord]] = []  # or on the host, of the CPU
-        self._begin()
+        self.held = Held()
         self._last_row: dict[str, float] | None = None
         self._last_finite: dict[str, float] = {}  # by key
-
-    def _begin(self) -> None:
-        """Hold nothing."""
-        self._points: list[Point] = []
-        self._summary = Summary()  # of these, as the following
-        self._latest = _NOTHING  # the last finite one; without any, the last one
-        self._largest = _NOTHING
-        self._share_sums: Tensor | None = None
-        self._share_steps = 0
 
     @property
     def keys(self) -> list[str]:
         """Every key that the rows of this recorder can have."""
-        return [*self._row(), *(self._step_row(_NOTHING) if self.every_step else ())]
+        return [*self._row(), *(self._step_row(NOTHING) if self.every_step else ())]
 
     def add(self, record: StepRecord, *, step: int, epoch: int, first_batch: int, last_batch: int) -> None:
         """Hold a record until the next row: with what the clipper does not know of it, as `Point` says."""
@@ -70,10 +65,11 @@ class Recorder:
 
     def is_due(self, every_n_steps: int) -> bool:
         """Whether the records that are held reach a multiple of ``every_n_steps``. Needs no host read."""
-        if not self._on_device and not self._points:
+        points = self.held.points
+        if not self._on_device and not points:
             return False
-        first = self._points[0].step if self._points else self._on_device[0][0][0]
-        last = self._on_device[-1][0][0] if self._on_device else self._points[-1].step
+        first = points[0].step if points else self._on_device[0][0][0]
+        last = self._on_device[-1][0][0] if self._on_device else points[-1].step
         return (last + 1) // every_n_steps > first // every_n_steps
 
     def _fetch(self) -> None:
@@ -91,24 +87,20 @@ class Recorder:
         squares = None if norms[0] is None else torch.as_tensor(norms, dtype=torch.float64, device="cpu").square()
         self.trace.extend(points, squares)
         for point in points:
-            self._hold(point)
+            self.held.add(point)
         if squares is not None and self.layer_depth:
             shares = shares_of(squares)
-            self._share_sums = shares.sum(0) + (0 if self._share_sums is None else self._share_sums)
-            self._share_steps += len(shares)
+            self.held.add_shares(self.trace.names, shares.sum(0).tolist(), len(shares))
 
-    def _hold(self, point: Point) -> None:
-        self._points.append(point)
-        self._summary.merge(Summary.of(point))
-        if point.finite or not self._latest.finite:
-            self._latest = point
-        if point.finite and not point.norm <= self._largest.norm:  # which is NaN at first
-            self._largest = point
+    def follow(self, names: Sequence[str], numels: Sequence[int]) -> None:
+        """Go on with these parameters, as `Trace.follow` says; the row that has begun goes on too."""
+        self._fetch()  # these records have the places of before
+        self.trace.follow(names, numels)
 
     def summarise(self) -> dict[str, float]:
         """The summary of everything that is held; of the last flush if nothing is; NaN before any step."""
         self._fetch()
-        return self._row() if self._points or self._last_row is None else self._last_row
+        return self._row() if self.held.points or self._last_row is None else self._last_row
 
     def figures(self) -> dict[str, float]:
         """The summary as :meth:`summarise` gives it; where it has no number, the last one that a row had.
@@ -124,30 +116,45 @@ class Recorder:
         Returns:
             What is to be logged of the steps that were held: rows, each with its step; and these steps.
         """
-        row, points = self.summarise(), self._points
+        row, points = self.summarise(), self.held.points
         if not points:
             return [], []
-        rows = [(point.step, self._step_row(point)) for point in points] if self.every_step else []
+        *rows, last = self.flush_steps() or [(points[-1].step, {})]
         self._last_row = row
         self._last_finite |= {key: value for key, value in row.items() if math.isfinite(value)}
-        self._begin()
-        return [*rows, (points[-1].step, row)], points
+        self.held = Held()
+        return [*rows, (last[0], last[1] | row)], points  # the last step's row and the summary are one
+
+    def flush_steps(self) -> list[tuple[int, dict[str, float]]]:
+        """The rows of single steps alone: the steps are held until the summary is due."""
+        self._fetch()
+        points, self.held.told = self.held.points[self.held.told :], len(self.held.points)
+        return [(point.step, self._step_row(point)) for point in points] if self.every_step else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps that wait for their row."""
+        self._fetch()
+        return self.held.state_dict()
+
+    def restore(self, trace: Trace, held: Held) -> None:
+        """Go on from what was saved; whatever happened since is taken back."""
+        self.trace, self.held, self._on_device = trace, held, []
 
     def _row(self) -> dict[str, float]:
         """One row for the steps that are held. Non-finite steps are counted and otherwise left out."""
-        held, latest = self._summary, self._latest
+        summary, latest, largest = self.held.summary, self.held.latest, self.held.largest
         if not latest.finite:
             latest = latest._replace(norm=math.nan, statistic=math.nan)
         row = {
             "grad_norm": latest.norm,
-            "grad_norm_mean": held.mean,
-            "grad_norm_max": self._largest.norm,
-            "grad_norm_max_step": float(self._largest.step) if self._largest.finite else math.nan,
+            "grad_norm_mean": summary.mean,
+            "grad_norm_max": largest.norm,
+            "grad_norm_max_step": float(largest.step) if largest.finite else math.nan,
             "threshold": latest.threshold,
-            "clipped_fraction": held.clipped_fraction,
-            "clip_coef_mean": held.clip_coef_mean,
-            "clip_coef_min": held.clip_coef_min,
-            "nonfinite_total": self._points[-1].nonfinite_total if self._points else math.nan,
+            "clipped_fraction": summary.clipped_fraction,
+            "clip_coef_mean": summary.clip_coef_mean,
+            "clip_coef_min": summary.clip_coef_min,
+            "nonfinite_total": self.held.points[-1].nonfinite_total if self.held.points else math.nan,
         }
         if self.by_value:
             row["grad_rms"] = latest.statistic
@@ -157,12 +164,8 @@ class Recorder:
         """The mean share of each module in the squared norm of the steps that are held; NaN if none is finite."""
         if not self.layer_depth:
             return {}
-        names, sums = self.trace.names, self._share_sums
-        if sums is None:
-            sums = torch.zeros(len(names), dtype=torch.float64, device="cpu")
-        means = dict(zip(names, (sums / self._share_steps).tolist(), strict=True))
         prefix = self.prefix.replace("autoclip/", "autoclip_layers/", 1)
-        shares = by_module(means, self.layer_depth)
+        shares = by_module(self.held.shares(self.trace.names), self.layer_depth)
         return {prefix + module: share for module, share in shares.items()}
 
     def _step_row(self, point: Point) -> dict[str, float]:

@@ -1,0 +1,87 @@
+"""The steps that wait for their row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lightning_autoclip.monitoring.summary import Point, Summary
+
+NOTHING = Point(-1, -1, -1, -1, *[math.nan] * 5)
+
+
+class Held:
+    """Steps on the host that wait for their row. They are part of a checkpoint: a resumed run completes the row.
+
+    Attributes:
+        points: The steps in order.
+        told: How many of them have been logged one by one.
+        summary: Of these steps, as the following.
+        latest: The last finite one; without any, the last one.
+        largest: The one with the largest norm.
+        share_sums: Sums of the parameters' shares in the squared norm, by name.
+        share_steps: Of how many steps.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self.told = 0
+        self.summary = Summary()
+        self.latest = self.largest = NOTHING
+        self.share_sums: dict[str, float] = {}
+        self.share_steps = 0
+
+    def add(self, point: Point) -> None:
+        """Take in a step."""
+        self.points.append(point)
+        self.summary.merge(Summary.of(point))
+        if point.finite or not self.latest.finite:
+            self.latest = point
+        if point.finite and not point.norm <= self.largest.norm:  # which is NaN at first
+            self.largest = point
+
+    def add_shares(self, names: Sequence[str], sums: Sequence[float], steps: int) -> None:
+        """Take in the shares of parameters, summed up over some steps."""
+        for name, share in zip(names, sums, strict=True):
+            self.share_sums[name] = self.share_sums.get(name, 0.0) + share
+        self.share_steps += steps
+
+    def shares(self, names: Sequence[str]) -> dict[str, float]:
+        """The mean share of each of these parameters; NaN if no step has any."""
+        return {
+            name: self.share_sums.get(name, 0.0) / self.share_steps if self.share_steps else math.nan for name in names
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, dicts and plain numbers; loads with ``torch.load(..., weights_only=True)``."""
+        points = torch.tensor(self.points, dtype=torch.float64, device="cpu").reshape(-1, len(Point._fields))
+        shares = dict(self.share_sums)
+        return {"points": points, "told": self.told, "share_sums": shares, "share_steps": self.share_steps}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Held:
+        """Restore what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: An entry is missing or damaged.
+        """
+        held = cls()
+        try:
+            for row in state["points"].tolist():
+                held.add(Point(*map(int, row[:4]), *row[4:]))
+            held.told, held.share_steps = state["told"], state["share_steps"]
+            held.share_sums = dict(state["share_sums"])
+            sound = (
+                state["points"].shape == (len(held.points), len(Point._fields)),
+                state["points"].dtype == torch.float64,
+                all(type(count) is int for count in (held.told, held.share_steps)),
+                all(type(key) is str and type(value) is float for key, value in held.share_sums.items()),
+            )
+            if not all(sound) or not 0 <= held.told <= len(held.points) or held.share_steps < 0:
+                raise ValueError("an entry has a wrong type or size")
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise ValueError(f"The steps that wait for their row are damaged: {error!r}.") from error
+        return held
