@@ -223,12 +223,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             self._clipping.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Log what is left before the run ends."""
-        try:
-            self._telling.flush(trainer)
-            self._telling.conclude(trainer, self.report, self.spikes)
-        except Exception as error:  # the device or the disk may be what failed: the first exception is the one to show
-            rank_zero_warn(f"`{type(self).__name__}` could not log its last rows: {error}")
+        """Log what is left, and print the report, before the run ends."""
+        self._telling.break_off(trainer, self.report, self.spikes)
 
     @in_a_loop
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -50,10 +50,12 @@ class Telling:
         self._batches = 0  # of this fit
         self._told = 0  # how many non-finite steps the user knows of
         self._has_told = False  # in this fit
+        self._is_open = False  # whether there is a fit whose end is to be told of
 
     def begin(self, trainer: Trainer) -> None:
         """Say what will be logged. From now on ``trainer.callback_metrics`` has the figures of the latest step."""
         self._batches, self._told, self._has_told = 0, self._scopes.total("nonfinite_total"), False
+        self._is_open = True
         live.show(trainer, self._scopes.figures)
         keys = [key for scope in self._scopes for key in scope.recorder.keys]
         loggers.describe(_loggers(trainer), keys, self._settings.to_dict())
@@ -101,15 +103,33 @@ class Telling:
         """Log what is left and what it amounts to, print the report, warn of what went past."""
         self.flush(trainer)
         self._warn_of_nonfinite()
+        self._sum_up(trainer, report, spikes)
+        if self._batches:
+            self._warn_of_steps(has_ended=True)
+
+    def break_off(
+        self, trainer: Trainer, report: Callable[[], Report], spikes: Callable[[], list[dict[str, Any]]]
+    ) -> None:
+        """Likewise of a fit that ends with an exception, which is the one to be shown."""
+        if not self._is_open:
+            return  # it is not of a fit, or one that was told of
+        try:
+            self.flush(trainer)
+        except Exception as error:  # the device or the disk may be what failed
+            rank_zero_warn(f"`{self._name}` could not log its last rows: {error}")
+        self._sum_up(trainer, report, spikes)
+
+    def _sum_up(
+        self, trainer: Trainer, report: Callable[[], Report], spikes: Callable[[], list[dict[str, Any]]]
+    ) -> None:
         quick = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+        self._is_open = False
         try:
             self.conclude(trainer, report, spikes)
-            if self._verbose and trainer.is_global_zero and not quick:
+            if self._verbose and trainer.is_global_zero and not quick and (report().sections or self._batches):
                 print(f"\n{report()}")  # below the progress bar
         except Exception as error:  # nothing that is only told may fail a training that is done
             rank_zero_warn(f"`{self._name}` could not print its report: {error!r}")
-        if self._batches:
-            self._warn_of_steps(has_ended=True)
 
     def conclude(
         self, trainer: Trainer, report: Callable[[], Report], spikes: Callable[[], list[dict[str, Any]]]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
 import subprocess
 import sys
 import venv
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +99,72 @@ def test_a_run_that_crashes_leaves_its_spike_table(tmp_path):
         run.fit(Net(), loader(n=240, scales=[SPIKES.get(i // 4, 1.0) for i in range(240)]))
     with Path(logger.log_dir, "autoclip_spikes.csv").open() as file:
         assert {int(row["step"]) for row in list(csv.DictReader(file))[:2]} == {41, 42}
+
+
+class Failing(Callback):
+    """Fails in one of Lightning's hooks, which has been called so often."""
+
+    def __init__(self, hook: str, error: type[BaseException], at: int = 1) -> None:
+        self.hook, self.error, self.calls_left = hook, error, at
+        setattr(self, hook, self.fail)
+
+    def fail(self, *args, **kwargs):
+        self.calls_left -= 1
+        if not self.calls_left:
+            raise self.error("stop")
+
+
+@pytest.mark.parametrize("logged", [True, False], ids=["csv", "no logger"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_run_that_is_broken_off_has_its_report_printed(tmp_path, capsys, error, logged, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)  # Lightning leaves an interrupt ignored
+    callback = AutoClip(50)
+    failing = Failing("on_train_batch_start", error, at=56)
+    run = trainer(failing, callback, logger=CSVLogger(tmp_path) if logged else False, log_every_n_steps=10)
+    with pytest.raises((RuntimeError, SystemExit)):
+        run.fit(Net(), loader(n=240, scales=[SPIKES.get(i // 4, 1.0) for i in range(240)]))
+    printed = capsys.readouterr().out
+    assert printed == f"\n{callback.report()}\n"
+    assert "autoclip: 55 steps" in printed
+    assert "  - spikes: 2 of the 20" in printed
+
+
+@pytest.mark.parametrize(
+    ("hook", "options", "times"),
+    [
+        ("on_train_batch_start", {"verbose": False}, 0),
+        ("setup", {}, 0),
+        ("on_train_start", {}, 0),
+        ("on_train_end", {}, 1),
+        ("on_test_start", {}, 1),
+    ],
+    ids=["not wanted", "before the fit", "before any step", "after the report", "in a test after the fit"],
+)
+def test_the_report_is_printed_no_more_than_once(capsys, hook, options, times):
+    run, model = trainer(AutoClip(**options), Failing(hook, RuntimeError)), Net()
+    model.test_step = lambda batch, batch_idx: None
+    with suppress(RuntimeError):
+        run.fit(model, loader())
+    with suppress(RuntimeError):
+        run.test(model, loader())
+    assert run.callbacks[-1].calls_left <= 0
+    assert capsys.readouterr().out.count("16 steps") == times
+
+
+def test_the_report_is_printed_though_a_logger_fails_with_the_run(capsys):
+    class Full(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            if "autoclip/grad_norm" in metrics:
+                raise OSError("no space left on device")
+
+    with (
+        pytest.warns(UserWarning, match="could not log its last rows: no space left"),
+        pytest.raises(ZeroDivisionError),
+    ):
+        trainer(AutoClip(), Failing("on_train_batch_start", ZeroDivisionError, at=9), logger=Full(".")).fit(
+            Net(), loader()
+        )
+    assert "autoclip: 8 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"barebones": True}, {"max_steps": 0}], ids=str)
