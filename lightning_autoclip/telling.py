@@ -51,14 +51,22 @@ class Telling:
         self._told = 0  # how many non-finite steps the user knows of
         self._has_told = False  # in this fit
         self._is_open = False  # whether there is a fit whose end is to be told of
+        self._defined = set[str]()  # keys that the loggers know of
 
     def begin(self, trainer: Trainer) -> None:
         """Say what will be logged. From now on ``trainer.callback_metrics`` has the figures of the latest step."""
         self._batches, self._told, self._has_told = 0, self._scopes.total("nonfinite_total"), False
         self._is_open = True
         live.show(trainer, self._scopes.figures)
-        keys = [key for scope in self._scopes for key in scope.recorder.keys]
-        loggers.describe(_loggers(trainer), keys, self._settings.to_dict())
+        self._defined = set[str]()
+        self._define(trainer)
+        loggers.describe(_loggers(trainer), self._settings.to_dict())
+
+    def _define(self, trainer: Trainer) -> None:
+        """Tell of the keys that are new: groups, optimizers and layers may join in mid-fit."""
+        keys = [key for scope in self._scopes for key in scope.recorder.keys if key not in self._defined]
+        self._defined.update(keys)
+        loggers.define(_loggers(trainer), keys)
 
     def after_batch(self, trainer: Trainer) -> None:
         """Log a row every ``log_every_n_steps``; warn in time of optimizers whose steps are not clipped."""
@@ -76,6 +84,7 @@ class Telling:
     def flush(self, trainer: Trainer) -> None:
         """Send what is held to every logger."""
         told, parts = _loggers(trainer), []
+        self._define(trainer)
         for scope in self._scopes:
             parts.append((scope.recorder.prefix, *scope.recorder.flush()))
             scope.clipper.measure_next()  # each row knows what clipping did
@@ -90,6 +99,7 @@ class Telling:
 
         The rows of single steps are sent, since the run may go on to where it ends without another checkpoint.
         """
+        self._define(trainer)
         if self._is_due(trainer) or _is_last(trainer):
             self.flush(trainer)
         else:

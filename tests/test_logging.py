@@ -20,6 +20,7 @@ import pytest
 import torch
 import wandb
 from helpers import Net, loader, norm_of, trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from processes import TIME_LIMIT
@@ -102,12 +103,11 @@ def rows(directory: Path) -> list[Row]:
 
 
 def check(written: list[Row], key: str, points: dict[int, float]) -> None:
-    """The points of a key, each once, in order, at its step, with its value; on W&B the finite ones."""
-    if any("trainer/global_step" in row for row in written):
-        points = {step: value for step, value in points.items() if math.isfinite(value)}
+    """The points of a key, each once, in order, at its step, with its value: the finite ones."""
+    points = {step: value for step, value in points.items() if math.isfinite(value)}
     series = [(row["step"], row[key]) for row in written if key in row]
     assert [step for step, _ in series] == list(points), key
-    assert [value for _, value in series] == pytest.approx(list(points.values()), rel=1e-4, nan_ok=True), key
+    assert [value for _, value in series] == pytest.approx(list(points.values()), rel=1e-4), key
 
 
 def check_steps(written: list[Row], prefix: str, norms: list[float]) -> None:
@@ -234,14 +234,49 @@ def test_several_loggers_get_the_same_rows(tmp_path: Path) -> None:
         check_windows(rows(tmp_path / kind), "autoclip/", figures(model.norms, [4, 9, 14, 15]))
 
 
-def test_a_window_of_nonfinite_steps_has_every_key_and_counts_them(tmp_path: Path) -> None:
-    fit(Noting(), LOGGERS["csv"](tmp_path), bad=dict.fromkeys(range(5), math.nan), steps=10)
-    first, second = (row for row in rows(tmp_path) if "autoclip/grad_norm" in row)
-    assert set(first) == set(second) == {"step", *(f"autoclip/{key}" for key in KEYS)}
-    assert (first["autoclip/nonfinite_total"], second["autoclip/nonfinite_total"]) == (5, 7)
-    for key in ("grad_norm", "grad_norm_mean", "grad_norm_max", "clipped_fraction", "clip_coef_mean", "clip_coef_min"):
-        assert math.isnan(first[f"autoclip/{key}"])
-        assert math.isfinite(second[f"autoclip/{key}"])
+@every_logger
+@pytest.mark.parametrize("options", [{}, {"log_every_step": True, "gradient_clip_algorithm": "value"}], ids=str)
+def test_a_row_of_nonfinite_steps_counts_them_and_holds_no_number_that_is_not_finite(
+    tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    fit(Noting(), LOGGERS[kind](tmp_path), bad=dict.fromkeys(range(5), math.nan), steps=10, **options)
+    written = rows(tmp_path)
+    ours = [(row["step"], key, value) for row in written for key, value in row.items() if key.startswith("autoclip/")]
+    ours = [entry for entry in ours if not entry[1].startswith("autoclip/spikes")]  # W&B's table
+    assert all(math.isfinite(value) for _, _, value in ours)
+    assert [key for step, key, _ in ours if step < 5] == ["autoclip/nonfinite_total"]
+    for key in KEYS:
+        (last,) = (value for step, found, value in ours if step == 9 and found == f"autoclip/{key}")
+        assert last == 7 if key == "nonfinite_total" else math.isfinite(last)
+
+
+@every_logger
+def test_while_nothing_is_clipped_there_is_no_threshold_rather_than_an_infinite_one(tmp_path: Path, kind: str) -> None:
+    autoclip = AutoClip(50, window=WINDOW, warmup_steps=10, log_every_step=True)
+    trainer(autoclip, logger=LOGGERS[kind](tmp_path), log_every_n_steps=5).fit(model := Noting(), loader())
+    written, infinite = rows(tmp_path), dict.fromkeys(range(10), math.inf)
+    known = dict(enumerate(thresholds(model.norms)))
+    check(written, "autoclip/step/threshold", known | infinite)
+    check(written, "autoclip/threshold", {14: known[14], 15: known[15]})
+    check(written, "autoclip/grad_norm", {step: model.norms[step] for step in (4, 9, 14, 15)})
+
+
+@pytest.mark.parametrize("log_every_step", [False, True])
+def test_the_columns_of_a_csv_file_are_there_from_the_first_row(tmp_path: Path, log_every_step: bool) -> None:
+    logger = LOGGERS["csv"](tmp_path)
+    headers = []
+
+    class Header(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            if (file := tmp_path / "run" / "metrics.csv").exists():
+                headers.append(file.read_text().splitlines()[0].split(","))
+
+    autoclip = AutoClip(50, warmup_steps=8, log_every_step=log_every_step)
+    data = loader(scales=[math.nan if row < 12 else 1.0 for row in range(64)])
+    trainer(autoclip, Header(), logger=logger, log_every_n_steps=2).fit(models.Noting(), data)
+    ours = [{key for key in header if key.startswith("autoclip/")} for header in headers]
+    steps = {"step/grad_norm", "step/threshold"} if log_every_step else set()
+    assert ours == [{f"autoclip/{key}" for key in {*KEYS, *steps}}] * 15
 
 
 @pytest.mark.parametrize(
@@ -301,7 +336,8 @@ def test_what_a_checkpoint_counts_as_done_is_on_disk_when_the_process_dies(tmp_p
 
     def run() -> None:
         saving = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=7)
-        fit(Dying(), LOGGERS["csv"](tmp_path), saving, log_every_step=True, enable_checkpointing=True)
+        options = {"log_every_step": True, "enable_checkpointing": True, "bad": {}}
+        fit(Dying(), LOGGERS["csv"](tmp_path), saving, **options)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()
@@ -425,7 +461,7 @@ def test_the_row_of_a_step_and_the_summary_up_to_it_are_one(
 
 def test_the_rows_of_several_optimizers_at_a_step_are_one(tmp_path: Path) -> None:
     model = models.OptimizerPerLayer(partial(Adam, lr=0.01), partial(SGD, lr=0.01))
-    fit(model, LOGGERS["csv"](tmp_path), log_every_step=True)
+    fit(model, LOGGERS["csv"](tmp_path), log_every_step=True, bad={})
     ours = [row for row in rows(tmp_path) if "autoclip/Adam/step/grad_norm" in row]
     assert [row["step"] for row in ours] == [*range(16)]
     assert all("autoclip/SGD/step/grad_norm" in row for row in ours)
@@ -437,7 +473,7 @@ def test_of_several_steps_in_a_batch_none_is_lost(tmp_path: Path) -> None:
             super().training_step(batch, batch_idx)
             super().training_step(batch, batch_idx)
 
-    fit(Twice(), LOGGERS["csv"](tmp_path), log_every_step=True)
+    fit(Twice(), LOGGERS["csv"](tmp_path), log_every_step=True, bad={})
     steps = [row["step"] for row in rows(tmp_path) if "autoclip/step/grad_norm" in row]
     assert steps == [*np.repeat(range(16), 2)]
 
@@ -477,6 +513,42 @@ def test_wandb_knows_each_metric_by_name_and_the_settings(tmp_path: Path, prefix
     summary = {"min": min(values), "max": max(values), "mean": sum(values) / 4, "last": values[-1]}
     assert run.summary[f"{name}grad_norm_max"] == pytest.approx(summary)
     assert run.config["lightning_autoclip"] == SETTINGS
+
+
+class Joining(Noting):
+    """The second layer joins the optimizer before a batch."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 7:
+            self.trainer.optimizers[0].add_param_group({"params": [*self.net[2].parameters()], "name": "late"})
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Notes nothing."""
+
+    def configure_optimizers(self) -> Any:
+        return SGD([{"params": [*self.net[0].parameters()], "name": "early"}], lr=0.01)
+
+
+@pytest.mark.parametrize("groups", ["param_groups", None], ids=["a group", "parameters"])
+def test_wandb_knows_metrics_that_join_in_mid_fit_as_it_knows_the_others(tmp_path: Path, groups: Any) -> None:
+    autoclip = AutoClip(50, window=WINDOW, groups=groups, log_layers=True, log_every_step=True)
+    model, logger = Joining(), LOGGERS["wandb"](tmp_path)
+    trainer(autoclip, logger=logger, log_every_n_steps=5).fit(model, loader())
+    wandb.finish()
+    (run,) = read_runs(tmp_path)
+    ours = {key for row in run.history for key in row if key.startswith("autoclip") and "/spikes" not in key}
+    assert ours == {metric.name.replace("\\.", ".") for metric in run.metrics if metric.name.startswith("autoclip")}
+    late = "autoclip/late/grad_norm" if groups else "autoclip_layers/net.2"
+    for key in (late, late.replace("late", "early").replace("net.2", "net.0")):
+        values = [row[key] for row in run.history if key in row]
+        summary = {"min": min(values), "max": max(values), "mean": np.mean(values), "last": values[-1]}
+        assert run.summary[key] == pytest.approx(summary), key
+    first = "autoclip/early/grad_norm" if groups else "autoclip/grad_norm"
+    assert [row["trainer/global_step"] for row in run.history if first in row] == [4, 9, 14, 15], "no row is cut short"
+    if not groups:
+        shares = {row["trainer/global_step"]: row[late] for row in run.history if late in row}
+        assert [*shares] == [9, 14, 15]
+        assert 0 < shares[9] < 3 / 5, "of two of the five steps it has none"
 
 
 USERS = {"a switch": {"autoclip": True}, "both keys": {"autoclip": "on", "lightning_autoclip": {"policy": "mine"}}}

@@ -439,10 +439,13 @@ MODULES = {
 
 
 def layer_rows(directory: Path) -> list[dict[str, float]]:
+    """Rows with columns of layers, of which an empty cell is a NaN."""
     (path,) = directory.rglob("metrics.csv")
     with path.open() as file:
-        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    return [row for row in rows if any(key.startswith("autoclip_layers/") for key in row)]
+        rows = [row for row in csv.DictReader(file) if any(row[key] for key in row if key.endswith("/nonfinite_total"))]
+    known = [{key: value for key, value in row.items() if value or "autoclip_layers/" in key} for row in rows]
+    found = [{key: float(value or math.nan) for key, value in row.items()} for row in known]
+    return [row for row in found if any(key.startswith("autoclip_layers/") for key in row)]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -24,27 +25,37 @@ Row = tuple[int, dict[str, float]]
 _TABLE = "autoclip_spikes"
 
 
-def describe(loggers: Iterable[Logger], keys: Iterable[str], settings: dict[str, Any]) -> None:
-    """Tell at the start of a fit what will be logged.
+def describe(loggers: Iterable[Logger], settings: dict[str, Any]) -> None:
+    """Tell at the start of a fit how it is clipped.
 
     Args:
         loggers: Those of the Trainer.
-        keys: Every key that the rows can have.
         settings: The callback's arguments, as plain values.
     """
-    names = list(keys)
     for logger in loggers:
         if _is(logger, "WandbLogger"):
-            wandb.define_metrics(logger, names)
             wandb.log_settings(logger, settings)
 
 
+def define(loggers: Iterable[Logger], keys: Sequence[str]) -> None:
+    """Tell of keys that rows will have."""
+    for logger in loggers:
+        if _is(logger, "WandbLogger"):
+            wandb.define_metrics(logger, keys)
+
+
 def send(loggers: Iterable[Logger], rows: Sequence[Row]) -> None:
-    """Log rows, each with its step, and save them; nothing is done if there is none."""
+    """Log the finite numbers of rows, each with its step, and save them; nothing is done if there is no row.
+
+    A NaN or an infinity stays in the summaries of W&B for good, a database makes a largest number or an error of it,
+    and Comet refuses it. A CSV file has an empty cell, so that its columns are the same from the first row on.
+    """
     for logger in loggers if rows else ():
-        on_wandb = _is(logger, "WandbLogger")
+        keeps_columns = _is(logger, "CSVLogger")
         for step, row in rows:
-            logger.log_metrics(wandb.finite_part(row) if on_wandb else row, step=step)
+            finite: Any = {key: value for key, value in row.items() if math.isfinite(value)}
+            if keeps_columns or finite:
+                logger.log_metrics(dict.fromkeys(row) | finite if keeps_columns else finite, step=step)
         logger.save()
 
 
@@ -98,7 +109,7 @@ def conclude(loggers: Iterable[Logger], spikes: Sequence[dict[str, Any]], health
     for logger in loggers:
         try:
             if spikes:
-                _log_spikes(logger, spikes, step)
+                _log_spikes(logger, [_finite(spike) for spike in spikes], step)
             if health is not None and _is(logger, "WandbLogger"):
                 wandb.log_health(logger, health)
         except Exception as error:  # a server that fails now must not fail a training that is done
@@ -142,10 +153,15 @@ def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return file.getvalue()
 
 
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with nothing where a number is not finite: neither JSON nor a database has it."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
 def _as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     cells = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

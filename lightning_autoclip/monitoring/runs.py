@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 STATE_KEY = "GradientClipping"  # of the callback in a checkpoint
 CONFIG_KEY = "lightning_autoclip"  # of its settings in the config of a W&B run
-_KEYS = ("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "clipped_fraction")
+_KEYS = ("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "clipped_fraction")  # if any is finite
+_COUNT = "nonfinite_total"  # in every row
 _UNKNOWN: dict[str, Any] = {
     "policy": {"name": "unknown"},
     "gradient_clip_algorithm": "norm",
@@ -180,18 +181,17 @@ def _numbers(item: Mapping[str, Any]) -> dict[str, float]:
 def _of_rows(rows: Iterable[Row], step: str, source: str, settings: dict[str, Any]) -> RecordedRun:
     """From logged rows: a bin per row, and the series of steps if ``log_every_step`` logged it."""
     rows = [row for row in rows if math.isfinite(row.get(step, math.nan))]
-    last_key, needed = "grad_norm_max", (*_KEYS, "nonfinite_total")
-    keys = {key for row in rows for key in row if "autoclip/" in key and key.endswith(f"/{last_key}")}
-    prefixes = sorted(key.removesuffix(last_key) for key in keys)
+    keys = {key for row in rows for key in row if "autoclip/" in key and key.endswith(f"/{_COUNT}")}
+    prefixes = sorted(key.removesuffix(_COUNT) for key in keys)
     traces, norms = {}, {}
     for prefix in prefixes:
-        if not (found := [row for row in rows if all(prefix + key in row for key in needed)]):
-            continue
+        unknown = {prefix + key: math.nan for key in _KEYS}  # rows without a finite step have none of them
+        found = [unknown | dict(row) for row in rows if prefix + _COUNT in row]
         traces[prefix] = trace = Trace()
         steps = [row[step] for row in found]
         longest = max((later - earlier for earlier, later in pairwise(steps)), default=steps[0] + 1)
         last, nonfinite = max(-1.0, steps[0] - longest) if steps[0] + 1 > 2 * longest else -1.0, 0.0
-        if f"{prefix}grad_rms" in found[0]:
+        if any(f"{prefix}grad_rms" in row for row in found):
             settings["gradient_clip_algorithm"] = "value"
         for row in found:
             trace.bins.append(_bin(row, prefix, max(last, -1.0), row[step], nonfinite))

@@ -44,11 +44,6 @@ def _prefix(logger: Any) -> str:
     return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
 
 
-def finite_part(row: dict[str, float]) -> dict[str, float]:
-    """The row without NaN and infinities, any of which would stay in the run's summaries for good."""
-    return {key: value for key, value in row.items() if math.isfinite(value)}
-
-
 def log_histogram(logger: Any, key: str, points: Sequence[Point]) -> None:
     """Log the distribution of the finite norms of some steps."""
     import wandb
@@ -61,8 +56,7 @@ def log_table(logger: Any, key: str, rows: Sequence[dict[str, Any]], step: int) 
     """Log a table."""
     import wandb
 
-    data = [[None if value != value else value for value in row.values()] for row in rows]  # NaN is no JSON
-    table = wandb.Table(columns=list(rows[0]), data=data)
+    table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
     logger.log_metrics({key: table}, step=step)
 
 
