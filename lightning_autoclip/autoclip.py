@@ -28,7 +28,8 @@ class AutoClip(GradientClipping):
         log_every_step: Also log the exact series ``autoclip/step/grad_norm`` and ``autoclip/step/threshold``.
         log_layers: Also log each module's mean share in the squared norm, of modules two (or so many) names deep.
         log_histogram: Also log a histogram of the norms per row, to Weights & Biases.
-        alert_above: Send a W&B alert when a norm is so many times the threshold, at least 1, or not finite.
+        alert_above: Send a W&B alert when a norm is so many times the typical one of the steps before, at least 1, and
+            one of its own when it is not finite.
         verbose: Print a short report at the end of fit.
 
     Raises:

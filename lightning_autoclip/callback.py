@@ -63,8 +63,9 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         log_layers: Also log each module's mean share in the squared norm, from 0 to 1, under ``autoclip_layers/``: of
             modules two names deep, or as many as the number says.
         log_histogram: Also log a histogram of the norms per row, to Weights & Biases.
-        alert_above: Send a W&B alert, at most every 10 minutes, when a norm is so many times the threshold, at least 1,
-            or, without a loss scaler, not finite. By default none is sent.
+        alert_above: Send a W&B alert when a norm is so many times the typical one of the steps before, at least 1, as
+            the report's verdict "spikes" measures it, and, without a loss scaler, one of its own when it is not finite;
+            each at most every 10 minutes. By default none is sent.
         verbose: Print a short report at the end of fit.
 
     Raises:

@@ -86,11 +86,12 @@ class Telling:
         told, parts = _loggers(trainer), []
         self._define(trainer)
         for scope in self._scopes:
-            parts.append((scope.recorder.prefix, *scope.recorder.flush()))
+            parts.append((scope, *scope.recorder.flush()))
             scope.clipper.measure_next()  # each row knows what clipping did
         loggers.send(told, loggers.joined(rows for _, rows, _ in parts))
-        for prefix, _, points in parts:
-            loggers.illustrate(told, prefix, points, alert_nonfinite=not self._settings.has_scaler, **self._options)
+        options = {"alert_nonfinite": not self._settings.has_scaler, **self._options}
+        for scope, _, points in parts:
+            loggers.illustrate(told, scope.recorder.prefix, points, scope.trace, **options)
         if not self._has_told:
             self._warn_of_nonfinite()
 

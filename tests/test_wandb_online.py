@@ -31,8 +31,8 @@ from test_logging import (
     check_steps,
     check_windows,
     figures,
-    thresholds,
 )
+from test_report import TASKS, poisoned, train
 from torch.optim import SGD, Adam
 from wandb_server import Server, serve
 
@@ -190,21 +190,44 @@ def test_a_spike_or_a_nonfinite_step_sends_an_alert(
     model = Noting()
     fit(model, online(tmp_path), bad=bad, alert_above=3.0)
     received(server)
-    alert = server.alerts[0]
+    alert = server.alerts[0] if what == "spike" else server.alerts[-1]
     assert (alert["entityName"], alert["projectName"], alert["runName"]) == ("team", "test", "run")
     assert (alert["severity"], alert["waitDuration"]) == ("WARN", 600_000)
-    assert alert["title"].startswith("autoclip: ")
+    assert alert["title"] == f"autoclip: {'spike of the gradient norm' if what == 'spike' else 'non-finite gradient'}"
     assert len(alert["title"]) < 64  # what the client asks for
     assert f"step {first} (epoch 0, batch {first})" in alert["text"]
-    times = model.norms[first] / thresholds(model.norms)[first]
-    expected = f"{model.norms[first]:.4g}, {times:.1f} times the threshold" if what == "spike" else "not finite"
-    assert expected in alert["text"]
+    typical = np.exp(np.log(model.norms[: first + 1]).mean())
+    times = f"{model.norms[first]:.4g}, {model.norms[first] / typical:.1f} times the typical one, mostly in net."
+    assert (times if what == "spike" else ", not finite") in alert["text"]
 
 
-def test_one_alert_reaches_the_user_in_ten_minutes(tmp_path: Path, server: Server) -> None:
+def test_alerts_of_a_spike_and_of_a_nan_do_not_hide_each_other(tmp_path: Path, server: Server) -> None:
     fit(Noting(), online(tmp_path), bad={3: math.nan, 7: 100.0, 12: 1000.0}, alert_above=3.0)
     received(server)
-    assert [("not finite" in alert["text"], alert["severity"]) for alert in server.delivered] == [(True, "WARN")]
+    delivered = [(alert["title"], alert["text"].partition(" (")[0]) for alert in server.delivered]
+    assert sorted(delivered) == [
+        ("autoclip: non-finite gradient", "At step 3"),
+        ("autoclip: spike of the gradient norm", "At step 7"),
+    ]
+
+
+@pytest.mark.parametrize("percentile", [10, 90])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize(
+    ("task", "poisons"),
+    [("regression", {}), ("transformer", {}), ("regression", {31: 1000.0})],
+    ids=["regression", "transformer", "with spikes"],
+)
+def test_a_healthy_run_sends_no_alert_and_a_spike_one(
+    tmp_path: Path, server: Server, poisons: dict[int, float], task: str, algorithm: str, percentile: int
+) -> None:
+    """Of how far a norm is above a threshold, which is low where the percentile is, an alert knows nothing."""
+    clipping = AutoClip(percentile, gradient_clip_algorithm=algorithm, alert_above=5)
+    data = poisoned(poisons, TASKS[task][1])
+    train(clipping, task, "Adam", 2e-3, data=data, epochs=3, shuffle=not poisons, logger=online(tmp_path))
+    received(server)
+    told = {alert["text"].partition(" (")[0] for alert in server.alerts}
+    assert told == ({f"At step {step}" for step in (31, 71, 111)} if poisons else set())
 
 
 @pytest.mark.parametrize(

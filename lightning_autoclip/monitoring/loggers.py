@@ -15,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_autoclip.monitoring import wandb
 from lightning_autoclip.monitoring.summary import Point
+from lightning_autoclip.monitoring.trace import Trace
+from lightning_autoclip.monitoring.verdicts import late_spikes
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -74,6 +76,7 @@ def illustrate(
     loggers: Iterable[Logger],
     prefix: str,
     points: Sequence[Point],
+    trace: Trace,
     *,
     histogram: bool = False,
     alert_above: float | None = None,
@@ -85,16 +88,22 @@ def illustrate(
         loggers: Those of the Trainer.
         prefix: Of the scope's keys.
         points: The steps.
+        trace: What happened in the run so far.
         histogram: Whether a histogram of the norms is logged.
-        alert_above: Whether an alert is sent, and of norms how many times their threshold.
+        alert_above: Whether alerts are sent, and of norms how many times the typical one, as the report measures it.
         alert_nonfinite: Whether steps that are not finite are alerted of too; with a loss scaler they are usual.
     """
     for logger in loggers:
-        if _is(logger, "WandbLogger") and points:
-            if histogram:
-                wandb.log_histogram(logger, f"{prefix}grad_norm_histogram", points)
-            if alert_above is not None:
-                wandb.alert(logger, prefix, points, alert_above, alert_nonfinite)
+        if not _is(logger, "WandbLogger") or not points:
+            continue
+        if histogram:
+            wandb.log_histogram(logger, f"{prefix}grad_norm_histogram", points)
+        if alert_above is not None:
+            held, large = set(points), late_spikes(trace, alert_above)
+            spikes = sorted((each for each in large if each.point in held), key=lambda spike: spike.point.step)
+            wandb.alert_spike(logger, prefix, spikes)
+        if alert_above is not None and alert_nonfinite:
+            wandb.alert_nonfinite(logger, prefix, [point for point in points if not point.finite])
 
 
 def conclude(loggers: Iterable[Logger], spikes: Sequence[dict[str, Any]], health: str | None, step: int) -> None:

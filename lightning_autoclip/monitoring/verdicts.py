@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_autoclip.monitoring.summary import Point, Summary
-from lightning_autoclip.monitoring.trace import Trace, by_module
+from lightning_autoclip.monitoring.trace import Spike, Trace, by_module
 
 # Each threshold is argued in docs/monitoring.md.
 LEAST_STEPS = 50  # fewer tell nothing of a trend
@@ -121,7 +121,7 @@ def verdicts_of(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Ve
         return
     yield from _of_growth(trace, figures)
     yield from _of_decline(trace, figures)
-    yield from _of_spikes(trace, figures)
+    yield from _of_spikes(trace)
     yield from _of_clipping(figures)
     yield from _of_layers(trace)
 
@@ -188,16 +188,8 @@ def _of_decline(trace: Trace, figures: Figures) -> Iterator[Verdict]:
         )
 
 
-def _of_spikes(trace: Trace, figures: Figures) -> Iterator[Verdict]:
-    start = _part(trace, 0.0, 0.1).last  # the first steps of a training are large
-    # A training that is nearly solved has a typical norm of almost nothing: one hard sample exceeds it by far.
-    large = [steps for steps in trace.bins if steps.first > start and steps.largest > figures.norm_first]
-    late = [
-        spike
-        for spike in trace.largest
-        if spike.times > SPIKE and any(steps.first <= spike.point.step <= steps.last for steps in large)
-    ]
-    if late:
+def _of_spikes(trace: Trace) -> Iterator[Verdict]:
+    if late := late_spikes(trace, SPIKE):
         worst = max(late, key=lambda spike: spike.times)
         names = ", ".join(f"{name} ({share:.0%})" for name, share in worst.parameters if share >= 0.05)
         yield Verdict(
@@ -247,6 +239,18 @@ def _of_layers(trace: Trace) -> Iterator[Verdict]:
             "They hardly learn: look for saturated activations, missing normalisation or residual connections, or an"
             " initialisation that is too small.",
         )
+
+
+def late_spikes(trace: Trace, above: float) -> list[Spike]:
+    """Of the largest norms those so many times the typical one of their time, after the first tenth of the run."""
+    start = _part(trace, 0.0, 0.1)  # the first steps of a training are large
+    # A training that is nearly solved has a typical norm of almost nothing: one hard sample exceeds it by far.
+    large = [steps for steps in trace.bins if steps.first > start.last and steps.largest > start.typical]
+    return [
+        spike
+        for spike in trace.largest
+        if spike.times > above and any(steps.first <= spike.point.step <= steps.last for steps in large)
+    ]
 
 
 def _where(point: Point) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -11,8 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_autoclip.monitoring.runs import CONFIG_KEY, is_settings
 from lightning_autoclip.monitoring.summary import Point
+from lightning_autoclip.monitoring.trace import Spike
 
-_WAIT = timedelta(minutes=10)  # between two alerts
+_WAIT = timedelta(minutes=10)  # between two alerts of one title
 
 
 def define_metrics(logger: Any, keys: Iterable[str]) -> None:
@@ -65,29 +65,25 @@ def log_health(logger: Any, health: str) -> None:
     logger.experiment.summary[f"{_prefix(logger)}autoclip/health"] = health
 
 
-def alert(logger: Any, prefix: str, points: Sequence[Point], above: float, nonfinite: bool) -> None:
-    """Send an alert of the first step so many times over its threshold, or not finite, if there is one.
+def alert_spike(logger: Any, prefix: str, spikes: Sequence[Spike]) -> None:
+    """Send an alert of the first of these spikes, if there is one."""
+    for spike in spikes[:1]:
+        names = ", ".join(f"{name} ({share:.0%})" for name, share in spike.parameters)
+        what = f"{spike.point.norm:.4g}, {spike.times:.1f} times the typical one" + (
+            f", mostly in {names}" * bool(names)
+        )
+        _alert(logger, f"{prefix.strip('/')}: spike of the gradient norm", spike.point, what)
 
-    Args:
-        logger: A `WandbLogger`.
-        prefix: Of the optimizer's keys.
-        points: The steps since the last row.
-        above: How many times the threshold.
-        nonfinite: Whether steps that are not finite count; with a loss scaler they are usual.
-    """
-    for point in points:
-        spike = point.finite and point.statistic > above * point.threshold
-        if spike or (nonfinite and not point.finite):
-            batches = point.batches.replace("-", " to ")
-            times = point.statistic / point.threshold if spike and point.threshold else math.inf
-            why = f"{times:.1f} times the threshold" if spike else "not finite"
-            logger.experiment.alert(
-                title=f"{prefix.strip('/')}: spike or non-finite gradient",  # W&B limits the rate per title
-                text=(
-                    f"At step {point.step} (epoch {point.epoch}, batch {batches}) the"
-                    f" norm of the gradient was {point.norm:.4g}, {why}. `spikes()` of the callback names its layers."
-                ),
-                level="WARN",
-                wait_duration=_WAIT,
-            )
-            return
+
+def alert_nonfinite(logger: Any, prefix: str, points: Sequence[Point]) -> None:
+    """Send an alert of the first of these steps, which are not finite, if there is one."""
+    for point in points[:1]:
+        what = f"{point.norm:.4g}, not finite. `spikes()` of the callback names the parameters"
+        _alert(logger, f"{prefix.strip('/')}: non-finite gradient", point, what)
+
+
+def _alert(logger: Any, title: str, point: Point, what: str) -> None:
+    """W&B limits the rate per title, so that neither kind hides the other."""
+    batches = point.batches.replace("-", " to ")
+    text = f"At step {point.step} (epoch {point.epoch}, batch {batches}) the norm of the gradient was {what}."
+    logger.experiment.alert(title=title, text=text, level="WARN", wait_duration=_WAIT)
