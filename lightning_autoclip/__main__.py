@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning_autoclip.monitoring.runs import RecordedRun, read_run
 from lightning_autoclip.monitoring.suggest import candidates, table
 
-_FILES = "a Lightning checkpoint, a metrics.csv of CSVLogger, or the directory of an offline W&B run"
+_FILES = "a Lightning checkpoint, a metrics.csv of CSVLogger, TensorBoard's folder or W&B's directory of a run"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -54,6 +54,10 @@ class Settings:
         """Those that hold for every step of the run, resumed ones included."""
         return self.to_dict() | ({"policy": {"name": "several"}} if self.several_policies else {})
 
+    def to_log(self) -> dict[str, Any]:
+        """The arguments as loggers have them: of a run that has had others before, they say so."""
+        return self.to_dict() | ({"several_policies": True} if self.several_policies else {})
+
     def compare(self, written: dict[str, Any]) -> str:
         """Whether a run can go on with a record that was made with other settings.
 

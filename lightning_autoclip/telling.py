@@ -60,7 +60,8 @@ class Telling:
         live.show(trainer, self._scopes.figures)
         self._defined = set[str]()
         self._define(trainer)
-        loggers.describe(_loggers(trainer), self._settings.to_dict())
+        hparams, step = getattr(trainer.lightning_module, "hparams", {}), _step(trainer)
+        loggers.describe(_loggers(trainer), self._settings.to_log(), hparams, step)
 
     def _define(self, trainer: Trainer) -> None:
         """Tell of the keys that are new: groups, optimizers and layers may join in mid-fit."""
@@ -148,7 +149,7 @@ class Telling:
         """Log the spike table, and to W&B the report's verdicts."""
         if told := _loggers(trainer):
             health = report().summary if self._scopes else None
-            loggers.conclude(told, spikes(), health, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            loggers.conclude(told, spikes(), health, _step(trainer))
 
     def warn_if_trained_elsewhere(self, trainer: Trainer) -> None:
         """Warn of a checkpoint of a process that has seen no step since others have made them."""
@@ -201,6 +202,11 @@ def log_every(trainer: Trainer) -> int:
     """Every how many steps the Trainer logs; 0 for never."""
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
     return every
+
+
+def _step(trainer: Trainer) -> int:
+    """The loggers' step."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def _is_last(trainer: Trainer) -> bool:

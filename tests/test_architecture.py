@@ -21,6 +21,7 @@ _MONITORING = [
     "report",
     "plot",
     "checkpoints",
+    "logs",
     "runs",
     "suggest",
     "live",

@@ -7,21 +7,27 @@ import io
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from helpers import Net, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from mlflow.tracking import MlflowClient
 from models import Noting, OptimizerPerLayer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import Tensor
 
-from lightning_autoclip import AutoClip
+from lightning_autoclip import AutoClip, GradientClipping, Policy
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -50,8 +56,12 @@ def rows_of_csv(directory: Path) -> Series:
 
 
 def rows_of_tensorboard(directory: Path) -> Series:
-    events = EventAccumulator(str(directory / "run"), size_guidance={"scalars": 0}).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    series: Series = {}
+    for path in sorted((directory / "run").glob("events*"), key=lambda path: path.stat().st_ctime_ns):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        for tag in events.Tags()["scalars"]:
+            series.setdefault(tag, []).extend((event.step, event.value) for event in events.Scalars(tag))
+    return series
 
 
 def mlflow_runs(directory: Path) -> tuple[MlflowClient, list[Any]]:
@@ -216,6 +226,190 @@ def test_each_run_of_an_mlflow_experiment_keeps_its_own_spike_table(tmp_path: Pa
     client, runs = mlflow_runs(tmp_path)
     texts = [Path(client.download_artifacts(run.info.run_id, "autoclip_spikes.csv")).read_text() for run in runs]
     assert [int(next(csv.DictReader(io.StringIO(text)))["step"]) for text in texts] == [3, 11]
+
+
+# --- settings as hyperparameters --------------------------------------------------------------------------------------
+
+
+class WithHparams(Net):
+    """A module with hyperparameters of its own."""
+
+    def __init__(self, **hparams: Any) -> None:
+        super().__init__(sgd)
+        self.save_hyperparameters(hparams or {"lr": 0.02, "model": {"width": 8}})
+
+
+def hparams_file(directory: Path) -> dict[str, Any]:
+    return yaml.safe_load((directory / "run" / "hparams.yaml").read_text())
+
+
+@pytest.mark.parametrize("kind", ["csv", "tensorboard"])
+@pytest.mark.parametrize("model", [WithHparams, Net], ids=["with hyperparameters", "without"])
+def test_the_settings_stand_in_hparams_yaml_beside_the_users_own(tmp_path: Path, kind: str, model: type[Net]) -> None:
+    loggers = [MAKERS[kind](tmp_path / name) for name in ("without", "with")]
+    trainer(logger=loggers[0]).fit(model(), loader())
+    trainer(callback := AutoClip(25, window=8), logger=loggers[1]).fit(model(), loader())
+    users = hparams_file(tmp_path / "without") if (tmp_path / "without" / "run" / "hparams.yaml").exists() else {}
+    assert hparams_file(tmp_path / "with") == {**users, "lightning_autoclip": callback.settings}
+    assert users == ({"lr": 0.02, "model": {"width": 8}} if model is WithHparams else {})
+
+
+def hparams_of_tensorboard(directory: Path) -> list[Any]:
+    """What the dashboard for hyperparameters is made of."""
+    (path,) = (directory / "run").glob("events*")
+    values = [value for event in EventFileLoader(str(path)).Load() for value in event.summary.value]
+    return [
+        (value.tag, value.metadata.plugin_data.content)
+        for value in values
+        if value.metadata.plugin_data.plugin_name == "hparams" or value.tag == "hp_metric"
+    ]
+
+
+def test_the_users_hyperparameters_in_the_events_of_tensorboard_stay_as_they_are(tmp_path: Path) -> None:
+    class LogsThemselves(WithHparams):
+        def on_train_start(self) -> None:
+            self.logger.log_hyperparams({"late": 1}, {"metric": 2.0})
+
+    for model in (WithHparams, LogsThemselves):
+        loggers = [MAKERS["tensorboard"](tmp_path / model.__name__ / name) for name in ("without", "with")]
+        trainer(logger=loggers[0]).fit(model(), loader())
+        trainer(AutoClip(), logger=loggers[1]).fit(model(), loader())
+        without, ours = (hparams_of_tensorboard(tmp_path / model.__name__ / name) for name in ("without", "with"))
+        assert [tag for tag, _ in ours] == [tag for tag, _ in without]
+        assert [len(content) for _, content in ours] == [len(content) for _, content in without]
+    events = EventAccumulator(str(tmp_path / "WithHparams" / "with" / "run")).Reload()
+    (event,) = events.Tensors("autoclip/settings/text_summary")
+    assert "| policy | {'name': 'Percentile', 'percentile': 10.0" in event.tensor_proto.string_val[0].decode()
+
+
+def test_over_a_resume_in_the_same_folder_of_tensorboard_hyperparameters_stay_and_settings_are_the_last(
+    tmp_path: Path,
+) -> None:
+    for percentile, model in ((10, WithHparams()), (20, Net(sgd))):  # the second one says nothing of its own
+        callback = AutoClip(percentile, groups={"first": "net.0.*"})
+        trainer(callback, logger=MAKERS["tensorboard"](tmp_path)).fit(model, loader())
+        assert hparams_file(tmp_path) == {
+            "lr": 0.02,
+            "model": {"width": 8},
+            "lightning_autoclip": callback.settings,
+        }
+
+
+def test_mlflow_has_the_settings_as_params_beside_the_users_own(tmp_path: Path) -> None:
+    trainer(AutoClip(25, window=8), logger=MAKERS["mlflow"](tmp_path)).fit(WithHparams(), loader())
+    (run,) = mlflow_runs(tmp_path)[1]
+    users = {"lr": "0.02", "model/width": "8"}
+    assert run.data.params.items() >= users.items()
+    ours = {key: value for key, value in run.data.params.items() if key not in users}
+    assert all(key.startswith("lightning_autoclip/") for key in ours)
+    found = {key.removeprefix("lightning_autoclip/"): value for key, value in ours.items()}
+    assert (found["policy/percentile"], found["window"], found["nonfinite"]) == ("25.0", "8", "skip")
+
+
+def test_a_run_of_mlflow_that_is_resumed_with_other_settings_goes_on_with_a_word(tmp_path: Path) -> None:
+    logger = MAKERS["mlflow"](tmp_path)
+    trainer(AutoClip(25), logger=logger).fit(Net(sgd), loader())
+    for percentile in (25, 30):
+        resumed = MLFlowLogger("experiment", save_dir=str(tmp_path), run_id=logger.run_id)
+        told = nullcontext() if percentile == 25 else pytest.warns(UserWarning, match="settings could not be logged to")
+        with told:
+            trainer(AutoClip(percentile), logger=resumed).fit(Net(sgd), loader())
+    (run,) = mlflow_runs(tmp_path)[1]
+    assert run.data.params["lightning_autoclip/policy/percentile"] == "25.0"
+    assert run.info.status == "FINISHED"
+
+
+@every_logger
+@pytest.mark.parametrize("own", ["mine", {"policy": 1}, 0], ids=repr)
+def test_a_hyperparameter_of_the_users_under_our_key_stays(tmp_path: Path, kind: str, own: Any) -> None:
+    with pytest.warns(UserWarning, match="have a key `lightning_autoclip` of your own"):
+        trainer(AutoClip(), logger=MAKERS[kind](tmp_path)).fit(WithHparams(lightning_autoclip=own), loader())
+    if kind == "mlflow":
+        params = mlflow_runs(tmp_path)[1][0].data.params
+        assert params == (
+            {"lightning_autoclip/policy": "1"} if own == {"policy": 1} else {"lightning_autoclip": str(own)}
+        )
+    else:
+        assert hparams_file(tmp_path) == {"lightning_autoclip": own}
+
+
+@every_logger
+def test_numbers_of_numpy_and_objects_in_a_policy_are_written_so_that_they_can_be_read(
+    tmp_path: Path, kind: str
+) -> None:
+    @dataclass(frozen=True)
+    class Mine(Policy):
+        rank: Any
+        factor: Any
+        parts: Any
+        thing: Any
+
+        def __call__(self, history: Any) -> Any:
+            return 2 * history.mean()
+
+    policy = Mine(np.int64(3), np.float32(0.5), (1, np.float64(2.0)), torch.zeros(1))
+    trainer(GradientClipping(policy), logger=MAKERS[kind](tmp_path)).fit(Net(sgd), loader())
+    if kind != "mlflow":
+        found = hparams_file(tmp_path)["lightning_autoclip"]["policy"]
+        assert found.items() >= {"rank": 3, "factor": 0.5, "parts": [1, 2], "thing": "tensor([0.])"}.items()
+
+
+# --- Comet ------------------------------------------------------------------------------------------------------------
+
+
+class CometExperiment:
+    """Keeps what Lightning's logger and this library hand to Comet's client, which is not installed."""
+
+    def __init__(self) -> None:
+        self.metrics: list[tuple[int, str, float]] = []
+        self.parameters: dict[str, Any] = {}
+        self.tables: dict[str, list[list[Any]]] = {}
+
+    def __internal_api__log_metrics__(self, metrics: dict[str, Any], step: int, **kwargs: Any) -> None:
+        self.metrics += [(step, key, value) for key, value in metrics.items()]
+
+    def __internal_api__log_parameters__(self, parameters: dict[str, Any], **kwargs: Any) -> None:
+        assert not self.parameters.keys() & parameters.keys()
+        self.parameters |= parameters
+
+    def log_table(self, filename: str, tabular_data: Any = None, headers: Any = False) -> None:
+        self.tables[filename] = [headers, *tabular_data]
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+class Comet(CometLogger):
+    """Lightning's logger, which asks for Comet's client in its constructor alone."""
+
+    def __init__(self) -> None:
+        Logger.__init__(self)
+        self._experiment, self._prefix = CometExperiment(), None
+        self._experiment_key = self._project_name = "key"
+        self._comet_config = SimpleNamespace(offline_directory=".cometml-runs")
+        self._online = False
+
+    def finalize(self, status: str) -> None:
+        """There is nothing to upload."""
+
+
+def test_comet_gets_finite_rows_the_settings_and_the_table_of_spikes(tmp_path: Path) -> None:
+    logger, model = Comet(), WithHparams()
+    autoclip = AutoClip(50, window=8, warmup_steps=3, verbose=False)
+    data = loader(scales=[math.nan if 20 <= row < 40 else 100.0 if 44 <= row < 48 else 1.0 for row in range(64)])
+    trainer(autoclip, logger=logger, log_every_n_steps=5).fit(model, data)
+    kept = logger.experiment
+    ours = [(step, key, value) for step, key, value in kept.metrics if key.startswith("autoclip/")]
+    assert all(math.isfinite(value) for _, _, value in ours)
+    assert {step for step, _, _ in ours} == {4, 9, 14, 15}
+    assert kept.parameters == {"lr": 0.02, "model": {"width": 8}, "lightning_autoclip": autoclip.settings}
+    headers, *table = kept.tables["autoclip_spikes.csv"]
+    assert headers == list(autoclip.spikes()[0])
+    assert [row[1] for row in table] == [spike["step"] for spike in autoclip.spikes()]
+    assert not any(
+        (isinstance(cell, float) and not math.isfinite(cell)) or cell is None for row in table for cell in row
+    )
+    assert not [*Path().rglob("autoclip_spikes.csv")]
 
 
 class WithoutDirectoryPerRun(Logger):

@@ -6,14 +6,18 @@ import csv
 import io
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_autoclip.monitoring import wandb
+from lightning_autoclip.monitoring.logs import CONFIG_KEY, is_settings
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Trace
 from lightning_autoclip.monitoring.verdicts import late_spikes
@@ -27,16 +31,72 @@ Row = tuple[int, dict[str, float]]
 _TABLE = "autoclip_spikes"
 
 
-def describe(loggers: Iterable[Logger], settings: dict[str, Any]) -> None:
-    """Tell at the start of a fit how it is clipped.
+def describe(loggers: Iterable[Logger], settings: Mapping[str, Any], hparams: Mapping[str, Any], step: int) -> None:
+    """Log at the start of a fit how it is clipped: under one key, beside the user's hyperparameters.
 
     Args:
         loggers: Those of the Trainer.
-        settings: The callback's arguments, as plain values.
+        settings: The callback's arguments.
+        hparams: Those of the user's module; what stands under that key stays.
+        step: The step that the fit begins with.
     """
+    written, hparams = {CONFIG_KEY: _plain(settings)}, hparams if isinstance(hparams, Mapping) else {}
     for logger in loggers:
-        if _is(logger, "WandbLogger"):
-            wandb.log_settings(logger, settings)
+        name = type(logger).__name__
+        try:
+            held = _hparams_of(logger).get(CONFIG_KEY, hparams.get(CONFIG_KEY))
+            if held is not None and not is_settings(held):  # those of a run that is resumed are ours
+                rank_zero_warn(
+                    f"The hyperparameters in `{name}` have a key `{CONFIG_KEY}` of your own ({held!r}), which stays:"
+                    " the callback's settings are not logged. Rename it to have them."
+                )
+            elif _is(logger, "TensorBoardLogger"):
+                _add_to_hparams_file(logger, written[CONFIG_KEY], step)
+            else:
+                logger.log_hyperparams(written)
+        except Exception as error:  # MLflow refuses another value in a run that is resumed
+            rank_zero_warn(f"The callback's settings could not be logged to `{name}`: {error}")
+
+
+def _hparams_of(logger: Any) -> Mapping[str, Any]:
+    """What has been logged so far, where that can be told without asking a server."""
+    if _is(logger, "WandbLogger"):
+        return dict(logger.experiment.config)
+    holder = logger if _is(logger, "TensorBoardLogger") else logger.experiment if _is(logger, "CSVLogger") else None
+    return getattr(holder, "hparams", {})
+
+
+def _add_to_hparams_file(logger: Any, settings: dict[str, Any], step: int) -> None:
+    """Add the settings to `hparams.yaml`, which Lightning writes once per run, and show them as a text.
+
+    TensorBoard shows the first hyperparameters of a run alone: those must be the user's, also if they come later.
+    """
+    rows = [{"setting": key, "value": str(value)} for key, value in settings.items()]
+    logger.experiment.add_text("autoclip/settings", _as_markdown(rows), step)
+    logger.hparams.update({CONFIG_KEY: settings})
+    logger.save()  # writes the file if there is none
+    path = os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE)
+    files = get_filesystem(path)
+    with files.open(path, "r", encoding="utf-8") as file:
+        text = re.sub(rf"^{CONFIG_KEY}:.*\n(?: .*\n)*", "", file.read(), flags=re.MULTILINE)  # of a run that is resumed
+    users = "" if text.strip() == "{}" else text
+    if users.startswith("{"):
+        raise ValueError(f"expected {path} to have lines `name: value`, but it begins with {users[:20]!r}")
+    with files.open(path, "w", encoding="utf-8") as file:
+        file.write(users + yaml.safe_dump({CONFIG_KEY: settings}, sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML and JSON have it; in words, if they have none."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, Real):  # numpy's numbers too
+        return int(value) if isinstance(value, Integral) else float(value)
+    return repr(value)
 
 
 def define(loggers: Iterable[Logger], keys: Sequence[str]) -> None:
@@ -126,7 +186,7 @@ def conclude(loggers: Iterable[Logger], spikes: Sequence[dict[str, Any]], health
 
 
 def _log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
-    """To W&B as a Table, to TensorBoard as text, to MLflow as an artifact, else as a CSV file.
+    """To W&B and Comet as a table, to TensorBoard as text, to MLflow as an artifact, else as a CSV file.
 
     That file stands beside the logger's own, or, if it has no directory per run, where Lightning puts a run's
     checkpoints: in ``save_dir/name/version``.
@@ -137,6 +197,9 @@ def _log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
         logger.experiment.add_text("autoclip/spikes", _as_markdown(rows), step)
     elif _is(logger, "MLFlowLogger"):  # its server may have another disk
         logger.experiment.log_text(logger.run_id, _as_csv(rows), f"{_TABLE}.csv")
+    elif _is(logger, "CometLogger"):  # a file beside what it keeps offline would be seen by nobody
+        table = [["" if value is None else value for value in row.values()] for row in rows]
+        logger.experiment.log_table(f"{_TABLE}.csv", tabular_data=table, headers=list(rows[0]))
     elif directory := getattr(logger, "log_dir", None) or _directory_of_run(logger):
         files = get_filesystem(directory)  # which need not be the local one
         files.makedirs(directory, exist_ok=True)

@@ -1,18 +1,15 @@
-"""Runs on disk, read back for report, plot and advice: checkpoints, CSV files and offline W&B runs."""
+"""Runs on disk, read back for report, plot and advice: checkpoints, and what loggers have written."""
 
 from __future__ import annotations
 
-import csv
-import json
 import math
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_autoclip.monitoring.checkpoints import read_part
+from lightning_autoclip.monitoring.logs import Log, is_settings, read_log
 from lightning_autoclip.monitoring.plot import plot_of
 from lightning_autoclip.monitoring.report import Report, report_of
 from lightning_autoclip.monitoring.summary import Point, Summary
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATE_KEY = "GradientClipping"  # of the callback in a checkpoint
-CONFIG_KEY = "lightning_autoclip"  # of its settings in the config of a W&B run
 _KEYS = ("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "clipped_fraction")  # if any is finite
 _COUNT = "nonfinite_total"  # in every row
 _UNKNOWN: dict[str, Any] = {
@@ -66,21 +62,18 @@ class RecordedRun:
 
 
 def read_run(path: Path) -> RecordedRun:
-    """Read a Lightning checkpoint, a `metrics.csv` of `CSVLogger`, or the directory of an offline W&B run.
+    """Read a Lightning checkpoint, or what a logger has written: `read_log` says which.
 
     Raises:
         ValueError: It is none of these, is damaged, or holds nothing of this library.
     """
     if not path.exists():
         raise ValueError(
-            f"Expected a checkpoint, a `metrics.csv` or the directory of a W&B run, but {path} is missing."
+            f"Expected a checkpoint, a `metrics.csv`, the folder of a TensorBoard run or the directory of a W&B run,"
+            f" but {path} is missing."
         )
-    if path.suffix == ".wandb":
-        path = path.parent
-    if path.is_dir():
-        csv_file = path / "metrics.csv"
-        return _of_csv(csv_file) if csv_file.exists() else _of_wandb(path)
-    return _of_csv(path) if path.suffix == ".csv" else _of_checkpoint(path)
+    is_log = path.is_dir() or path.suffix in (".csv", ".wandb") or path.name.startswith("events.out.tfevents.")
+    return _of_log(read_log(path)) if is_log else _of_checkpoint(path)
 
 
 def _of_checkpoint(path: Path) -> RecordedRun:
@@ -124,63 +117,9 @@ def _exact(trace: Trace, history: list[float]) -> list[float]:
     return history
 
 
-def _of_csv(path: Path) -> RecordedRun:
-    with path.open(newline="") as file:
-        try:
-            rows = [_numbers(row) for row in csv.DictReader(file)]
-        except (ValueError, TypeError, csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"Expected {path} to be a `metrics.csv` of `CSVLogger`: {error}") from error
-    return _of_rows(rows, "step", str(path), dict(_UNKNOWN))
-
-
-def _of_wandb(path: Path) -> RecordedRun:
-    if not list(path.glob("*.wandb")):
-        raise ValueError(
-            f"Expected {path} to hold the `.wandb` file of an offline run (as wandb/latest-run) or a `metrics.csv`."
-        )
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        output = getattr(error, "stderr", None) or getattr(error, "stdout", None) or str(error)
-        said = output.strip().splitlines()[-1:]
-        raise ValueError(
-            f"`python -m wandb leet inspect`, which needs wandb 0.31 or newer, cannot read {path}: {' '.join(said)}"
-        ) from error
-    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    rows = [_numbers(record["history"].get("item", {})) for record in records if record.get("type") == "history"]
-    settings = dict(_UNKNOWN)
-    for record in records:
-        written = record.get("config", {}).get("update", {}).get(CONFIG_KEY)
-        if is_settings(written):
-            settings |= written
-    return _of_rows(rows, "trainer/global_step", f"W&B run {path.name}", settings)
-
-
-def is_settings(value: Any) -> bool:
-    """Whether this is what the callback writes of its arguments, rather than something of the user's."""
-    return (
-        isinstance(value, dict)
-        and value.get("gradient_clip_algorithm") in ("norm", "value")
-        and {"max_threshold", "warmup_steps"} <= value.keys()
-        and isinstance(value.get("policy"), dict)
-    )
-
-
-def _numbers(item: Mapping[str, Any]) -> dict[str, float]:
-    """The cells that hold a number."""
-    numbers = {}
-    for key, value in item.items():
-        try:
-            numbers[key] = float(value)
-        except (TypeError, ValueError):
-            continue
-    return numbers
-
-
-def _of_rows(rows: Iterable[Row], step: str, source: str, settings: dict[str, Any]) -> RecordedRun:
+def _of_log(log: Log) -> RecordedRun:
     """From logged rows: a bin per row, and the series of steps if ``log_every_step`` logged it."""
-    rows = [row for row in rows if math.isfinite(row.get(step, math.nan))]
+    rows, settings = [row for row in log.rows if math.isfinite(row["step"])], _UNKNOWN | (log.settings or {})
     keys = {key for row in rows for key in row if "autoclip/" in key and key.endswith(f"/{_COUNT}")}
     prefixes = sorted(key.removesuffix(_COUNT) for key in keys)
     traces, norms = {}, {}
@@ -188,16 +127,16 @@ def _of_rows(rows: Iterable[Row], step: str, source: str, settings: dict[str, An
         unknown = {prefix + key: math.nan for key in _KEYS}  # rows without a finite step have none of them
         found = [unknown | dict(row) for row in rows if prefix + _COUNT in row]
         traces[prefix] = trace = Trace()
-        steps = [row[step] for row in found]
+        steps = [row["step"] for row in found]
         longest = max((later - earlier for earlier, later in pairwise(steps)), default=steps[0] + 1)
         last, nonfinite = max(-1.0, steps[0] - longest) if steps[0] + 1 > 2 * longest else -1.0, 0.0
         if any(f"{prefix}grad_rms" in row for row in found):
             settings["gradient_clip_algorithm"] = "value"
         for row in found:
-            trace.bins.append(_bin(row, prefix, max(last, -1.0), row[step], nonfinite))
+            trace.bins.append(_bin(row, prefix, max(last, -1.0), row["step"], nonfinite))
             if math.isfinite(row[prefix + "grad_norm_max_step"]) and row[prefix + "grad_norm_max"] > 0:
                 trace.largest.append(_largest(row, prefix, trace.bins))
-            last, nonfinite = row[step], row[prefix + "nonfinite_total"]
+            last, nonfinite = row["step"], row[prefix + "nonfinite_total"]
         trace.largest = sorted(trace.largest, key=lambda spike: -spike.point.norm)[:MOST_SPIKES]
         exact = [row[f"{prefix}step/grad_norm"] for row in rows if f"{prefix}step/grad_norm" in row]
         norms[prefix] = [norm for norm in exact if 0 < norm < math.inf]
@@ -206,8 +145,18 @@ def _of_rows(rows: Iterable[Row], step: str, source: str, settings: dict[str, An
         for row, steps_of_row in zip(found, trace.bins, strict=True) if not norms[prefix] else ():
             steps_of_row.note_top(row[prefix + "grad_norm_max"])  # of how many steps, a row does not tell
     if not traces:
-        raise ValueError(f"{source} has no rows of `AutoClip` or `GradientClipping` (keys `autoclip/...`).")
-    return RecordedRun(source, traces, norms, settings)
+        raise ValueError(_why_nothing(log))
+    return RecordedRun(log.source, traces, norms, settings)
+
+
+def _why_nothing(log: Log) -> str:
+    if not log.is_open and log.settings is None:
+        return f"{log.source} has no rows of `AutoClip` or `GradientClipping` (keys `autoclip/...`)."
+    wandb = " W&B's client writes 32 KiB at a time." if log.is_open else ""
+    return (
+        f"{log.source} has no rows of `AutoClip` or `GradientClipping` on disk yet: the run goes on, or was killed"
+        f" before the first ones were written.{wandb} Try again later, or take a checkpoint."
+    )
 
 
 def _unit(row: Row, prefix: str) -> float:

@@ -6,9 +6,6 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
-from lightning_autoclip.monitoring.runs import CONFIG_KEY, is_settings
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Spike
 
@@ -24,18 +21,6 @@ def define_metrics(logger: Any, keys: Iterable[str]) -> None:
         name = (_prefix(logger) + key).replace(".", r"\.")  # else a dot means a key within a dict
         logger.experiment.define_metric(
             name, step_metric="trainer/global_step", step_sync=True, summary="min,max,mean,last"
-        )
-
-
-def log_settings(logger: Any, settings: dict[str, Any]) -> None:
-    """Put the callback's settings into the run's config, unless something of the user's stands under their key."""
-    held = logger.experiment.config.get(CONFIG_KEY)
-    if held is None or is_settings(held):  # those of a run that is resumed
-        logger.log_hyperparams({CONFIG_KEY: settings})
-    else:
-        rank_zero_warn(
-            f"The config of the W&B run has a key `{CONFIG_KEY}` of your own ({held!r}), which stays: the callback's"
-            " settings are not logged. Rename it to have them."
         )
 
 
