@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,9 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = read_run(parsed.path)
         _report(run, parsed.plot, parsed.json) if parsed.command == "report" else _suggest(run)
+        sys.stdout.flush()
     except ValueError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # as of `... | head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter flushes into it again
+        return 0
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,7 +19,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from models import Manual, Noting, OptimizerPerLayer
-from processes import TIME_LIMIT
+from processes import ROOT, TIME_LIMIT
 from torch import Tensor
 from torch.optim import SGD, Adam
 from wandb_reader import read_runs
@@ -314,3 +316,20 @@ def test_a_run_without_the_callback_is_not_said_to_go_on(tmp_path: Path, capsys:
         assert "has no rows of `AutoClip` or `GradientClipping` (keys" in capsys.readouterr().err
         for file in tmp_path.glob("run/*"):
             file.unlink()
+
+
+@pytest.mark.parametrize("command", ["suggest", "report"])
+def test_who_reads_no_further_ends_the_program_quietly(tmp_path: Path, command: str) -> None:
+    run = trainer(AutoClip(log_every_step=True, verbose=False), logger=MAKERS["csv"](tmp_path))
+    run.fit(Net(), loader(n=240))
+    program = subprocess.Popen(
+        [sys.executable, "-m", "lightning_autoclip", command, tmp_path / "run"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    program.stdout.close()  # before it writes
+    error = program.stderr.read().decode()
+    assert program.wait(TIME_LIMIT) == 0
+    assert "Traceback" not in error
+    assert "BrokenPipe" not in error
