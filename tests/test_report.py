@@ -392,6 +392,31 @@ def test_a_threshold_that_is_far_too_low_is_seen_in_steps_cut_to_a_fraction(algo
     assert clipping.report().sections[0].figures.clip_coef_mean < 0.1
 
 
+# --- the warm-up ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("percentile", [10, 50, 90])
+@pytest.mark.parametrize("warmup_steps", [0, 60, 240, 1000])
+def test_clipping_is_expected_of_the_steps_after_the_warm_up_alone(warmup_steps, percentile):
+    clipping = AutoClip(percentile, warmup_steps=warmup_steps)
+    train(clipping, "transformer", "AdamW", 2e-3)
+    figures = clipping.report().sections[0].figures
+    expected = (1 - percentile / 100) * max(0, 240 - warmup_steps) / 240
+    assert figures.expected_fraction == pytest.approx(expected)
+    assert abs(figures.clipped_fraction - expected) < 0.1
+    assert f"({expected:.0%} expected at percentile {percentile})" in " ".join(str(clipping.report()).split())
+
+
+@pytest.mark.parametrize("percentile", [10, 50, 90])
+def test_a_loss_without_a_floor_is_seen_after_a_warm_up_too(percentile):
+    clipping = AutoClip(percentile, warmup_steps=120)
+    train(clipping, opt="Adam", lr=2e-3, loss=lambda predicted, y: -mse_loss(predicted, y))
+    assert "clipped far more often than the percentile implies" in names(clipping)
+    calm = AutoClip(percentile, warmup_steps=120)
+    train(calm, "lstm", "Adam", 2e-3, net=lambda: LSTM(500), data=lambda n: text(n, 500))
+    assert calm.report().healthy, str(calm.report())
+
+
 # --- something else clips too -----------------------------------------------------------------------------------------
 
 

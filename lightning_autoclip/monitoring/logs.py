@@ -59,7 +59,9 @@ def is_settings(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and value.get("gradient_clip_algorithm") in ("norm", "value")
-        and {"max_threshold", "warmup_steps"} <= value.keys()
+        and "max_threshold" in value
+        and type(warmup := value.get("warmup_steps")) is int
+        and warmup >= 0
         and isinstance(value.get("policy"), dict)
     )
 

@@ -114,7 +114,7 @@ def _lines(section: Section) -> Iterator[str]:
     """The section as a short paragraph."""
     figures = section.figures
     share = figures.expected_fraction
-    expected = "" if math.isnan(share) else f" ({share:.0%} expected at percentile {100 * (1 - share):g})"
+    expected = "" if math.isnan(share) else f" ({share:.0%} expected at percentile {figures.percentile:g})"
     clipped = (
         ""
         if math.isnan(figures.clipped_fraction)

@@ -53,7 +53,9 @@ class Figures:
         steps: Number of optimizer steps.
         nonfinite: How many had a NaN or an infinity in their gradient.
         clipped_fraction: Share of the steps that clipping changed, of those at which that is known; NaN if none.
-        expected_fraction: What the percentile alone would lead to expect; NaN for other policies.
+        expected_fraction: What the percentile alone would lead to expect, of the steps after the warm-up, as a share of
+            all; NaN for other policies.
+        percentile: That percentile, likewise.
         clip_coef_mean: Mean factor on the step, from 0 to 1.
         clip_coef_min: The smallest.
         norm_first: Typical (geometric mean) norm of the first tenth of the steps; by value, of the root-mean-square
@@ -69,6 +71,7 @@ class Figures:
     nonfinite: int
     clipped_fraction: float
     expected_fraction: float
+    percentile: float
     clip_coef_mean: float
     clip_coef_min: float
     norm_first: float
@@ -82,12 +85,14 @@ class Figures:
 def figures_of(trace: Trace, settings: Mapping[str, Any]) -> Figures:
     """The figures of one optimizer's steps, with the callback's arguments as it saves them."""
     run = Summary.merged(trace.bins)
-    modules = by_module(trace.shares, depth=2)
+    modules, percentile = by_module(trace.shares, depth=2), _percentile(settings)
+    after_warm_up = max(1 - settings["warmup_steps"] / run.steps, 0.0)
     return Figures(
         steps=int(run.steps),
         nonfinite=int(run.nonfinite),
         clipped_fraction=run.clipped_fraction,
-        expected_fraction=_expected_fraction(settings),
+        expected_fraction=(1 - percentile / 100) * after_warm_up,
+        percentile=percentile,
         clip_coef_mean=run.clip_coef_mean,
         clip_coef_min=run.coef_min,
         norm_first=_part(trace, 0.0, 0.1).typical,
@@ -99,11 +104,12 @@ def figures_of(trace: Trace, settings: Mapping[str, Any]) -> Figures:
     )
 
 
-def _expected_fraction(settings: Mapping[str, Any]) -> float:
+def _percentile(settings: Mapping[str, Any]) -> float:
+    """The percentile, if it tells how many steps are to be expected above the threshold; else NaN."""
     policy, percentile = settings["policy"], settings["policy"].get("percentile")
     plain = policy.get("name") == "Percentile" and policy.get("multiplier") == 1 and settings["max_threshold"] is None
     known = plain and settings["gradient_clip_algorithm"] == "norm" and isinstance(percentile, (int, float))
-    return 1 - percentile / 100 if known else math.nan
+    return float(percentile) if known else math.nan
 
 
 def _part(trace: Trace, start: float, end: float) -> Summary:
@@ -164,9 +170,10 @@ def _of_growth(trace: Trace, figures: Figures) -> Iterator[Verdict]:
             " learning rate or warm it up, and look at the initialisation, at missing normalisation and at a loss"
             " without a floor.",
         )
-    # One third of the way from what is to be expected to every step.
+    # One third of the way from what is to be expected to every step that can be clipped.
     expected = figures.expected_fraction
-    if rise > RISING and figures.clipped_fraction > (1 + 2 * expected) / 3:
+    most = expected / (1 - figures.percentile / 100) if figures.percentile < 100 else 1.0
+    if rise > RISING and figures.clipped_fraction > (most + 2 * expected) / 3:
         yield Verdict(
             "clipped far more often than the percentile implies",
             f"{figures.clipped_fraction:.1%} of the steps were clipped, where {expected:.0%} are to be expected.",
