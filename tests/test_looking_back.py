@@ -28,6 +28,7 @@ from wandb_reader import read_runs
 
 from lightning_autoclip import AutoClip, Constant, GradientClipping, NonFiniteGradientError, Policy
 from lightning_autoclip.__main__ import main
+from lightning_autoclip.monitoring.runs import read_run
 from lightning_autoclip.monitoring.suggest import candidates, recommended
 
 pytestmark = pytest.mark.usefixtures("wandb_offline")
@@ -208,6 +209,39 @@ def test_by_value_the_plot_shows_what_the_threshold_follows():
     (norm, threshold) = callback.plot().axes[0].lines[:2]
     np.testing.assert_allclose(norm.get_ydata(), np.array(norms) / math.sqrt(entries), rtol=1e-5)
     assert threshold.get_label() == "threshold"
+
+
+def labels(figure) -> list[str]:
+    return [line.get_label() for axes in figure.axes for line in [*axes.lines, *axes.collections]]
+
+
+@pytest.mark.parametrize("steps", [60, 1200, 2500])
+def test_the_plot_counts_the_steps_that_were_not_finite_as_the_report_does(tmp_path, steps):
+    bad = dict.fromkeys(range(20, 60), math.nan)
+    _, callback, _ = fit(CSVLogger(tmp_path, "", "run"), steps=steps, spikes=bad)
+    assert callback.report().sections[0].figures.nonfinite == 40
+    for plot in (callback.plot(), read_run(tmp_path / "run").plot()):
+        assert "not finite (40)" in labels(plot)
+
+
+def test_the_plot_of_a_long_run_shades_from_the_smallest_to_the_largest_norm():
+    _, callback, norms = fit(steps=1200, spikes={})
+    upper = callback.plot().axes[0]
+    assert {"smallest to largest", "typical gradient norm"} <= set(labels(upper.figure))
+    (shade,) = upper.collections
+    heights = shade.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((min(norms), max(norms)), rel=1e-4)
+
+
+def test_the_plot_of_rows_says_that_it_shades_from_their_mean(tmp_path):
+    _, _, norms = fit(CSVLogger(tmp_path, "", "run"), spikes={})
+    upper = read_run(tmp_path / "run").plot().axes[0]
+    assert {"mean to largest", "mean gradient norm"} <= set(labels(upper.figure))
+    assert "smallest to largest" not in labels(upper.figure)
+    (shade,) = upper.collections
+    means = np.array(norms).reshape(-1, 10).mean(1)
+    heights = shade.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((means.min(), max(norms)), rel=1e-4)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -46,11 +47,15 @@ def plot_of(traces: Mapping[str, Trace], settings: Mapping[str, Any]) -> Figure:
 def _draw_norms(axes: Axes, trace: Trace, by_value: bool) -> None:
     bins = [steps for steps in trace.bins if steps.norms]
     middles = [(steps.first + steps.last) / 2 for steps in bins]
+    norm, typical = "root-mean-square entry" if by_value else "gradient norm", [steps.typical for steps in bins]
+    kind = ""
     if any(steps.norms > 1 for steps in bins):
-        low, high = [steps.smallest for steps in bins], [steps.largest for steps in bins]
-        axes.fill_between(middles, low, high, color=_NORM, alpha=0.25, lw=0, label="smallest to largest")
-    typical = [steps.typical for steps in bins]
-    axes.plot(middles, typical, color=_NORM, lw=0.8, label="root-mean-square entry" if by_value else "gradient norm")
+        is_known = all(steps.smallest < math.inf for steps in bins)  # a logged row has a mean and the largest alone
+        kind = "typical " if is_known else "mean "
+        low = [steps.smallest for steps in bins] if is_known else typical
+        label = f"{'smallest' if is_known else 'mean'} to largest"
+        axes.fill_between(middles, low, [steps.largest for steps in bins], color=_NORM, alpha=0.25, lw=0, label=label)
+    axes.plot(middles, typical, color=_NORM, lw=0.8, label=kind + norm)
     axes.plot(middles, [steps.threshold for steps in bins], color=_THRESHOLD, lw=1.4, label="threshold")
     spikes = [] if by_value else [spike for spike in trace.largest if spike.times > _SPIKE]
     if spikes:
@@ -62,7 +67,7 @@ def _draw_norms(axes: Axes, trace: Trace, by_value: bool) -> None:
         axes.annotate(batch, (point.step, point.norm), (5, -3), textcoords="offset points", va="top", fontsize=7)
     if bins:
         axes.set_yscale("log")
-    axes.set_ylabel("root-mean-square entry" if by_value else "gradient norm")
+    axes.set_ylabel(norm)
     axes.grid(alpha=0.2)
     axes.legend(fontsize=8, loc="best", frameon=False)
 
@@ -71,9 +76,10 @@ def _draw_clipping(axes: Axes, trace: Trace) -> None:
     bins = [steps for steps in trace.bins if steps.measured]
     middles = [(steps.first + steps.last) / 2 for steps in bins]
     axes.plot(middles, [steps.clip_coef_mean for steps in bins], ".", ms=2, color=_CLIPPED)
-    bad = [steps.last for steps in trace.bins if steps.nonfinite]
+    bad = [steps for steps in trace.bins if steps.nonfinite]
     if bad:
-        axes.plot(bad, [0.0] * len(bad), "x", ms=6, color=_BAD, label=f"not finite ({len(bad)})", clip_on=False)
+        label = f"not finite ({sum(steps.nonfinite for steps in bad):.0f})"  # a bin may have several
+        axes.plot([steps.last for steps in bad], [0.0] * len(bad), "x", ms=6, color=_BAD, label=label, clip_on=False)
         axes.legend(fontsize=8, loc="lower right", framealpha=0.9)
     axes.set(ylim=(0, 1.05), ylabel="factor on\nthe step")
     axes.grid(alpha=0.2)

@@ -185,7 +185,7 @@ def _bin(row: Row, prefix: str, before: float, step: float, nonfinite: float) ->
         return summary
     unit = _unit(row, prefix)
     summary.total, summary.logs = finite * mean, finite * math.log(mean * unit)
-    summary.smallest, summary.largest = mean * unit, row[f"{prefix}grad_norm_max"] * unit
+    summary.largest = row[f"{prefix}grad_norm_max"] * unit  # of the smallest, a row does not tell
     coef, least = (row.get(f"{prefix}clip_coef_{key}", math.nan) for key in ("mean", "min"))
     if coef == coef:
         summary.measured, summary.clipped = finite, finite * row[f"{prefix}clipped_fraction"]
