@@ -2,11 +2,12 @@
 
 from lightning_autoclip.autoclip import AutoClip
 from lightning_autoclip.callback import GradientClipping
-from lightning_autoclip.clipping.clipper import GradientClipper, StepRecord
+from lightning_autoclip.clipping.clipper import GradientClipper
 from lightning_autoclip.clipping.metric import RunningPercentile
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.clipping.policies import Constant, Percentile, Policy, ZScore
 from lightning_autoclip.clipping.record import History
+from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.monitoring.report import Report
 from lightning_autoclip.monitoring.workspace import create_workspace
 

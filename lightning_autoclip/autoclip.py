@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from lightning_autoclip.callback import GradientClipping
 from lightning_autoclip.clipping.policies import Percentile
 from lightning_autoclip.clipping.threshold import Algorithm, NonFinite
 from lightning_autoclip.groups import Groups
+
+MAX_UPDATE_RATIO = 0.25
+"""Chosen in docs/study.md: the smallest that costs nothing at learning rates that are tuned."""
 
 
 class AutoClip(GradientClipping):
@@ -22,6 +27,7 @@ class AutoClip(GradientClipping):
         window: How many of the last optimizer steps count, at least 1; ``None`` for all of them, as in the paper.
         warmup_steps: The first so many steps are recorded, not clipped.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
+        max_update_ratio: No step of SGD moves a weight matrix by more than this part of its norm: `GradientClipper`.
         nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``; see `GradientClipper`.
         groups: Groups of parameters that each have a record and a threshold of their own: ``"param_groups"`` for those
             of the optimizer, or patterns of parameter names by the group's name, such as ``{"encoder": "encoder.*"}``.
@@ -48,13 +54,14 @@ class AutoClip(GradientClipping):
 
     def __init__(
         self,
-        percentile: float = 10.0,
+        percentile: float = 50.0,
         *,
         multiplier: float | None = None,
         gradient_clip_algorithm: Algorithm = "norm",
         window: int | None = 100,
         warmup_steps: int = 0,
         max_threshold: float | None = None,
+        max_update_ratio: float | Literal["auto"] | None = "auto",
         nonfinite: NonFinite = "skip",
         groups: Groups | None = None,
         log_every_step: bool = False,
@@ -63,6 +70,8 @@ class AutoClip(GradientClipping):
         alert_above: float | None = None,
         verbose: bool = True,
     ) -> None:
+        if max_update_ratio == "auto":
+            max_update_ratio = None if percentile == 100 else MAX_UPDATE_RATIO
         if multiplier is None:
             multiplier = 3.0 if gradient_clip_algorithm == "value" else 1.0
         super().__init__(
@@ -71,6 +80,7 @@ class AutoClip(GradientClipping):
             window=window,
             warmup_steps=warmup_steps,
             max_threshold=max_threshold,
+            max_update_ratio=max_update_ratio,
             nonfinite=nonfinite,
             groups=groups,
             log_every_step=log_every_step,

@@ -54,6 +54,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         window: How many of the last optimizer steps the policy sees, at least 1; ``None`` for all of them.
         warmup_steps: The first so many steps are recorded, not clipped.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
+        max_update_ratio: No step of SGD moves a weight matrix by more than this part of its norm: `GradientClipper`.
         nonfinite: What happens to a step whose gradient holds a NaN or an infinity: ``"skip"``, ``"raise"`` or
             ``"ignore"``; see `GradientClipper`.
         groups: Groups of parameters that each have a record, a threshold, keys and a section of the report of their
@@ -83,6 +84,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         window: int | None = 100,
         warmup_steps: int = 0,
         max_threshold: float | None = None,
+        max_update_ratio: float | None = None,
         nonfinite: NonFinite = "skip",
         groups: Groups | None = None,
         log_every_step: bool = False,
@@ -98,6 +100,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             window=window,
             warmup_steps=warmup_steps,
             max_threshold=max_threshold,
+            max_update_ratio=max_update_ratio,
             nonfinite=nonfinite,
         )
         self._scopes = Scopes(self._settings, log_every_step, log_layers)

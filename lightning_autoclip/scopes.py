@@ -87,7 +87,7 @@ class Scopes:
             scope.clipper.clipped_norm_every = measure_every
         for known in self.optimizers:
             known.gate.settle()
-            known.take_in(found[known.prefix], self._scope, named)
+            self._take_in(known, found[known.prefix], named)
 
     def of(self, optimizer: Any, optimizers: Sequence[Any]) -> OptimizerScopes:
         """The scopes of an optimizer that is about to step, also of one that is new or has taken another's place.
@@ -135,7 +135,14 @@ class Scopes:
 
     def take_in(self, known: OptimizerScopes, named: Named) -> None:
         """Follow an optimizer whose parameters have changed, maybe with new scopes."""
-        known.take_in(self._positions(known.optimizer, named), self._scope, named)
+        for scope in known.scopes.values():
+            scope.clipper.bound.forget()
+        self._take_in(known, self._positions(known.optimizer, named), named)
+
+    def _take_in(self, known: OptimizerScopes, positions: Positions, named: Named) -> None:
+        known.take_in(positions, self._scope, named)
+        for scope in known.scopes.values():
+            scope.recorder.max_update_ratio = self._settings.bound_of(known.optimizer)
 
     def total(self, count: str) -> int:
         """Of all steps of all optimizers; the groups of one have the same steps."""

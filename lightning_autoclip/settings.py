@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from lightning_autoclip.clipping.bound import is_proportional
 from lightning_autoclip.clipping.clipper import GradientClipper
 from lightning_autoclip.clipping.policies import Policy
 from lightning_autoclip.groups import check_groups
@@ -38,6 +39,11 @@ class Settings:
     def by_value(self) -> bool:
         """Whether entries are clamped."""
         return bool(self.arguments["gradient_clip_algorithm"] == "value")
+
+    def bound_of(self, optimizer: Any) -> float | None:
+        """The `max_update_ratio` that the steps of an optimizer can be held to; ``None`` if there is none."""
+        ratio: float | None = self.arguments["max_update_ratio"]
+        return None if self.has_engine or ratio is None or not is_proportional(optimizer) else ratio
 
     def new_clipper(self) -> GradientClipper:
         """A clipper with an empty record."""

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lightning_autoclip.clipping.clipper import GradientClipper, StepRecord
+from lightning_autoclip.clipping.clipper import GradientClipper
 from lightning_autoclip.clipping.gate import StepGate
 from lightning_autoclip.clipping.optimizers import parameters_of
+from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.monitoring.held import Held
 from lightning_autoclip.monitoring.recorder import Recorder
 from lightning_autoclip.monitoring.trace import Trace

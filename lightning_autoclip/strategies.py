@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS
 
 from lightning_autoclip.clipping._numbers import Number
-from lightning_autoclip.clipping.clipper import GradientClipper, StepRecord, clip_together_
-from lightning_autoclip.clipping.gradients import Shard
+from lightning_autoclip.clipping.clipper import GradientClipper, clip_together_
+from lightning_autoclip.clipping.shards import Shard
+from lightning_autoclip.clipping.step import StepRecord
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -257,7 +258,8 @@ def _fsdp_shards(root: nn.Module) -> dict[Tensor, Shard]:
         count = handle.process_group.size() if handle.uses_sharded_strategy else 1
         share, flat = count / dist.get_world_size(), handle.flat_param
         if handle._use_orig_params:
-            shards |= {parameter: Shard(share) for parameter in flat._params or ()}
+            pairs = zip(flat._params or (), flat._shapes, strict=True)
+            shards |= {parameter: Shard(share, dims=len(shape)) for parameter, shape in pairs}
         else:
             shards[flat] = Shard(share, flat._unpadded_unsharded_size.numel() / count)
     if any(parameter not in shards for parameter in root.parameters()):

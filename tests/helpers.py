@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from lightning_autoclip import AutoClip
 from lightning_autoclip.clipping import _numbers, clipper
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -136,6 +137,11 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file, such as a logger has written."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def by_percentile(*args: Any, **kwargs: Any) -> AutoClip:
+    """`AutoClip` without the bound by the weights: its thresholds are those of the percentile alone."""
+    return AutoClip(*args, **{"max_update_ratio": None, **kwargs})
 
 
 def weights(module: nn.Module) -> Tensor:

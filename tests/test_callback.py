@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import Net, loader, norm_of, trainer, weights
+from helpers import Net, by_percentile, loader, norm_of, trainer, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
@@ -65,14 +65,45 @@ def test_autoclip_at_100_trains_as_no_clipping_to_the_bit():
 def test_autoclip_is_gradient_clipping_with_a_percentile():
     preset, general = Net(), Net()
     trainer(AutoClip(30, window=5, warmup_steps=2)).fit(preset, loader())
-    trainer(GradientClipping(Percentile(30), window=5, warmup_steps=2)).fit(general, loader())
+    rest = {"window": 5, "warmup_steps": 2, "max_update_ratio": 0.25}
+    trainer(GradientClipping(Percentile(30), **rest)).fit(general, loader())
     assert torch.equal(weights(preset), weights(general))
 
 
 @pytest.mark.parametrize(("algorithm", "multiplier"), [("norm", 1.0), ("value", 3.0)])
 def test_the_default_multiplier_follows_the_algorithm(algorithm, multiplier):
-    assert AutoClip(gradient_clip_algorithm=algorithm).policy == Percentile(10, multiplier)
-    assert AutoClip(multiplier=2, gradient_clip_algorithm=algorithm).policy == Percentile(10, 2.0)
+    assert AutoClip(gradient_clip_algorithm=algorithm).policy == Percentile(50, multiplier)
+    assert AutoClip(multiplier=2, gradient_clip_algorithm=algorithm).policy == Percentile(50, 2.0)
+
+
+def test_by_default_the_weights_bound_the_step_unless_one_only_observes():
+    ratios = [
+        AutoClip(**kwargs).settings["max_update_ratio"] for kwargs in ({}, {"percentile": 90}, {"percentile": 100})
+    ]
+    assert ratios == [0.25, 0.25, None]
+    assert AutoClip(max_update_ratio=None).settings["max_update_ratio"] is None
+    assert AutoClip(100, max_update_ratio=0.1).settings["max_update_ratio"] == 0.1
+    with pytest.raises(TypeError, match="Expected `max_update_ratio` to be a number above 0"):
+        AutoClip(max_update_ratio="none")
+
+
+def test_without_the_bound_and_with_all_steps_it_is_the_papers_rule_to_the_bit():
+    class Paper(Callback):
+        def __init__(self):
+            self.norms = []
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            gradients = [p.grad for p in pl_module.parameters()]
+            norm = np.float32(math.hypot(*[float(each) for each in torch._foreach_norm(gradients)]))
+            self.norms.append(norm)
+            threshold = np.float32(np.percentile(np.array(self.norms, dtype=np.float64), 10))
+            if norm > threshold:
+                torch._foreach_mul_(gradients, float(threshold) / float(norm))
+
+    ours, theirs = Net(), Net()
+    trainer(AutoClip(percentile=10, window=None, max_update_ratio=None), max_epochs=3).fit(ours, loader())
+    trainer(Paper(), max_epochs=3).fit(theirs, loader())
+    assert torch.equal(weights(ours), weights(theirs))
 
 
 def test_a_policy_of_ones_own_sets_the_threshold():
@@ -134,7 +165,7 @@ def test_it_works_in_a_trainer_of_pytorch_lightning():
 def test_a_callback_shows_its_arguments():
     assert repr(AutoClip(90, window=None)) == (
         "AutoClip(Percentile(percentile=90.0, multiplier=1.0), gradient_clip_algorithm='norm', window=None,"
-        " warmup_steps=0, max_threshold=None, nonfinite='skip')"
+        " warmup_steps=0, max_threshold=None, max_update_ratio=0.25, nonfinite='skip')"
     )
 
 
@@ -205,7 +236,7 @@ def test_each_optimizer_has_its_own_record_and_touches_only_its_own_parameters()
             layers = pl_module.net[0], pl_module.net[2]
             self.norms[index].append(tuple(norm_of(layer.parameters()) for layer in layers))
 
-    before, autoclip, model = Before(), AutoClip(40), TwoOptimizers()
+    before, autoclip, model = Before(), by_percentile(40), TwoOptimizers()
     trainer(before, autoclip).fit(model, loader(scales=[1.0, 4.0, 0.5]))
     assert [clipper.history.recorded.numel() for clipper in autoclip.clippers] == [16, 8]
     for own in (0, 1):

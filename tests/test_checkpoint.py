@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import Net, loader, trainer, weights, with_gradient
+from helpers import Net, by_percentile, loader, trainer, weights, with_gradient
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
@@ -20,6 +20,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 from lightning_autoclip import AutoClip, GradientClipper, GradientClipping, Percentile, RunningPercentile, ZScore
+from lightning_autoclip.monitoring.summary import Point
 
 KEY = "GradientClipping"
 # The factor on the loss of each batch of four rows. Two of the ten steps of an epoch are not finite.
@@ -86,7 +87,7 @@ def load(path):
 @pytest.fixture
 def interrupted(tmp_path):
     """The checkpoint of one epoch: ten norms, of which a window of 7 holds the newest."""
-    fit(Net(), AutoClip(10, window=7)).save_checkpoint(tmp_path / "interrupted.ckpt")
+    fit(Net(), by_percentile(10, window=7)).save_checkpoint(tmp_path / "interrupted.ckpt")
     return tmp_path / "interrupted.ckpt"
 
 
@@ -145,7 +146,7 @@ def test_a_copied_callback_works_before_and_after_training(algorithm, copied, tm
 def test_the_state_loads_with_weights_only(model, types, tmp_path):
     real, whole = types
     arguments = {"percentile": real(10), "multiplier": real(2), "max_threshold": real(3), "window": whole(7)}
-    callback, restored = AutoClip(**arguments), AutoClip(**arguments)
+    callback, restored = by_percentile(**arguments), by_percentile(**arguments)
     fit(model(), callback, scales=SCALES).save_checkpoint(tmp_path / "a.ckpt")
     restored.load_state_dict(load(tmp_path / "a.ckpt")["callbacks"][KEY])
     assert record(restored) == record(callback)
@@ -153,7 +154,7 @@ def test_the_state_loads_with_weights_only(model, types, tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1], ids=["AutoClip-first", "GradientClipping-first"])
 def test_the_preset_and_the_general_callback_read_each_others_state(order):
-    first, second = [AutoClip(10, window=7), GradientClipping(Percentile(10), window=7)][::order]
+    first, second = [by_percentile(10, window=7), GradientClipping(Percentile(10), window=7)][::order]
     fit(Net(), first, scales=SCALES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -165,7 +166,7 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_holds_the_norms_recorded_so_far(
     watch = Watch(7, lambda: 1 / 0)
     checkpoints = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
     with pytest.raises(ZeroDivisionError):
-        fit(Net(), AutoClip(), watch, checkpoints, OnExceptionCheckpoint(tmp_path, "exception"))
+        fit(Net(), by_percentile(), watch, checkpoints, OnExceptionCheckpoint(tmp_path, "exception"))
     for name, step in {"step=3": 3, "step=6": 6, "exception": 7}.items():
         history = load(tmp_path / f"{name}.ckpt")["callbacks"][KEY]["scopes"]["autoclip/"]["clipper"]["history"]
         assert history["values"].tolist() == watch.norms[:step]
@@ -175,14 +176,19 @@ def test_a_checkpoint_in_the_middle_of_an_epoch_holds_the_norms_recorded_so_far(
 @pytest.mark.parametrize(
     ("resumed", "oracle", "was", "now"),
     [
-        (AutoClip(90, window=7), 90, r"'percentile': 10\.0", r"'percentile': 90\.0"),
+        (by_percentile(90, window=7), 90, r"'percentile': 10\.0", r"'percentile': 90\.0"),
         (GradientClipping(ZScore(1), window=7), lambda norms: norms.mean() + norms.std(), "Percentile", "ZScore"),
-        (AutoClip(50, window=3), 50, "window=7", "window=3"),
-        (AutoClip(50, window=12), 50, "window=7", "window=12"),
-        (AutoClip(50, window=12, warmup_steps=9), 50, "warmup_steps=0", "warmup_steps=9"),
-        (AutoClip(50, window=None), 50, "window=7", "window=None"),
-        (AutoClip(10, window=7, nonfinite="raise"), 10, "nonfinite='skip'", "nonfinite='raise'"),
-        (AutoClip(10, window=7, max_threshold=0.9), lambda norms: min(0.9, np.percentile(norms, 10)), "None", r"0\.9"),
+        (by_percentile(50, window=3), 50, "window=7", "window=3"),
+        (by_percentile(50, window=12), 50, "window=7", "window=12"),
+        (by_percentile(50, window=12, warmup_steps=9), 50, "warmup_steps=0", "warmup_steps=9"),
+        (by_percentile(50, window=None), 50, "window=7", "window=None"),
+        (by_percentile(10, window=7, nonfinite="raise"), 10, "nonfinite='skip'", "nonfinite='raise'"),
+        (
+            by_percentile(10, window=7, max_threshold=0.9),
+            lambda norms: min(0.9, np.percentile(norms, 10)),
+            "None",
+            r"0\.9",
+        ),
     ],
     ids=["percentile", "policy", "smaller", "larger", "larger-after-warm-up", "full-history", "nonfinite", "maximum"],
 )
@@ -200,8 +206,8 @@ def test_resuming_with_another_setting_keeps_the_norms_and_warns(resumed, oracle
 
 @ALGORITHMS
 def test_resuming_with_the_other_algorithm_is_refused_with_a_way_out_that_works(algorithm, tmp_path):
-    fit(Net(), AutoClip(gradient_clip_algorithm=algorithm)).save_checkpoint(tmp_path / "a.ckpt")
-    resumed = AutoClip(gradient_clip_algorithm={"norm": "value", "value": "norm"}[algorithm])
+    fit(Net(), by_percentile(gradient_clip_algorithm=algorithm)).save_checkpoint(tmp_path / "a.ckpt")
+    resumed = by_percentile(gradient_clip_algorithm={"norm": "value", "value": "norm"}[algorithm])
     with pytest.raises(ValueError, match=rf"gradient_clip_algorithm='{algorithm}'.* delete `checkpoint\['callbacks'\]"):
         fit(Net(), resumed, epochs=2, ckpt=tmp_path / "a.ckpt")
     checkpoint = load(tmp_path / "a.ckpt")
@@ -215,7 +221,7 @@ def test_resuming_with_the_other_algorithm_is_refused_with_a_way_out_that_works(
 @pytest.mark.parametrize("same_trainer", [False, True], ids=["new-trainer", "same-trainer"])
 def test_a_checkpoint_written_without_the_callback_warns_and_starts_an_empty_record(same_trainer, tmp_path):
     fit(Net()).save_checkpoint(tmp_path / "plain.ckpt")
-    callback = AutoClip()
+    callback = by_percentile()
     run = fit(Net(), callback) if same_trainer else trainer(callback)
     run.fit_loop.max_epochs = 2
     with pytest.warns(UserWarning, match="written without `AutoClip`.* starts empty"):
@@ -230,7 +236,7 @@ def test_lightning_warns_when_the_callback_is_missing_at_the_resume(interrupted)
 
 @pytest.mark.parametrize(("same_trainer", "steps"), [(True, 20), (False, 10)], ids=["same-trainer", "new-trainer"])
 def test_a_second_fit_goes_on_with_the_record_if_the_trainer_is_the_same(same_trainer, steps):
-    callback, watch = AutoClip(window=None), Watch()
+    callback, watch = by_percentile(10, window=None), Watch()
     run = fit(Net(), callback, watch)
     if not same_trainer:
         run = trainer(callback, watch := Watch(), log_every_n_steps=1)
@@ -243,7 +249,7 @@ def test_a_second_fit_goes_on_with_the_record_if_the_trainer_is_the_same(same_tr
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_evaluating_an_older_checkpoint_leaves_the_record_alone(stage, interrupted):
-    callback, model = AutoClip(window=7), Net()
+    callback, model = by_percentile(window=7), Net()
     model.validation_step = model.test_step = lambda batch, batch_idx: None
     run = fit(model, callback, epochs=2)
     before = record(callback)
@@ -255,7 +261,7 @@ def test_evaluating_an_older_checkpoint_leaves_the_record_alone(stage, interrupt
 
 
 ONES, CLIPPER, HELD = torch.ones(7), "scopes.autoclip/.clipper", "scopes.autoclip/.held"
-POINTS = torch.ones(2, 9, dtype=torch.float64)
+POINTS = torch.ones(2, len(Point._fields), dtype=torch.float64)
 HISTORY = f"{CLIPPER}.history"
 DAMAGES = {
     "": [{}, [1], "state", {"wait_count": 0, "best_score": 1.0}],
@@ -267,13 +273,15 @@ DAMAGES = {
     "scopes.autoclip/": [None, {}, [1]],
     "scopes.autoclip/.trace": [None, {}, [1]],
     HELD: [None, {}, [1], torch.ones(1)],
-    f"{HELD}.points": [None, [1.0], ONES, POINTS.float(), POINTS[:, :8], POINTS * math.nan, POINTS[0]],
+    f"{HELD}.points": [None, [1.0], ONES, POINTS.float(), POINTS[:, :9], POINTS * math.nan, POINTS[0]],
     f"{HELD}.told": [None, -1, 1000, 1.0, True],
     f"{HELD}.share_sums": [None, {"a": 1}, {1: 1.0}, [1]],
     f"{HELD}.share_steps": [None, -1, 1.0],
     CLIPPER: [None, {}, [1]],
     f"{CLIPPER}.steps": [-1, 1.0, None, "1", True],
     f"{CLIPPER}.nonfinite_total": [-1, 1.0, None, "1"],
+    f"{CLIPPER}.until_measured": [-1, 1.0, None, "1"],
+    f"{CLIPPER}.weight_norms": [None, [1.0], ONES, -ONES.double(), ONES.double()[None], ONES.double() * math.nan],
     HISTORY: [None, {}, {"values": ONES}, {"count": 10}, {"mean_value": ONES, "weight": ONES}],
     f"{HISTORY}.unknown": [ONES],
     f"{HISTORY}.values": [None, [1.0], ONES.double(), ONES[None], ONES * math.nan, ONES * math.inf],
@@ -283,7 +291,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize(("entry", "value"), [(e, v) for e, values in DAMAGES.items() for v in values], ids=str)
 def test_a_damaged_or_foreign_state_is_refused(entry, value, interrupted):
-    callback, state = AutoClip(10, window=7), {"": load(interrupted)["callbacks"][KEY]}
+    callback, state = by_percentile(10, window=7), {"": load(interrupted)["callbacks"][KEY]}
     *path, last = f".{entry}".rstrip(".").split(".")
     parent = state
     for key in path:
@@ -299,7 +307,7 @@ def test_a_damaged_or_foreign_state_is_refused(entry, value, interrupted):
     ["settings", "has_scaler", "several_policies", "scopes", "scopes.autoclip/.trace", HELD, f"{CLIPPER}.steps"],
 )
 def test_a_state_without_an_entry_is_damaged(entry, interrupted):
-    callback, state = AutoClip(10, window=7), load(interrupted)["callbacks"][KEY]
+    callback, state = by_percentile(10, window=7), load(interrupted)["callbacks"][KEY]
     *path, last = entry.split(".")
     parent = state
     for key in path:
@@ -318,7 +326,7 @@ def test_the_records_of_another_number_of_optimizers_are_refused(interrupted, tm
     with pytest.raises(
         MisconfigurationException, match=r"holds the records autoclip/0/, autoclip/1/, but this run needs autoclip/\."
     ):
-        fit(Net(), AutoClip(10, window=7), epochs=2, ckpt=tmp_path / "two.ckpt")
+        fit(Net(), by_percentile(10, window=7), epochs=2, ckpt=tmp_path / "two.ckpt")
 
 
 def clip(clipper, gradients):

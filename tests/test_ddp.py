@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import FACTORS, ONE_NAN, Batches, Net, assert_bit_equal, trainer, weights
+from helpers import FACTORS, ONE_NAN, Batches, Net, assert_bit_equal, by_percentile, trainer, weights
 from lightning.pytorch.strategies import DDPStrategy
 from models import Figures
 from ranks import SpawnedDDP
 from torch import nn
 
-from lightning_autoclip import AutoClip, NonFiniteGradientError
+from lightning_autoclip import NonFiniteGradientError
 
 pytestmark = pytest.mark.distributed
 
@@ -42,9 +42,11 @@ CASES = {
     "unused": UNUSED,
     "unused-by-value": {**UNUSED, "clip": BY_VALUE},
     "nan": {"factors": ONE_NAN},
+    "bounded": {"clip": {"max_update_ratio": 0.1}},
+    "bounded-nan-by-value": {"factors": ONE_NAN, "clip": {"max_update_ratio": 0.1, **BY_VALUE}},
     "nan-by-value-accumulation": {"factors": ONE_NAN, "clip": BY_VALUE, "trainer": THREE_BATCHES_PER_STEP},
 }
-RESUMED = ("norm", "value", "nan")
+RESUMED = ("norm", "value", "nan", "bounded")
 
 
 def sgd(parameters):
@@ -55,7 +57,7 @@ def train(name, epochs=2, ckpt=None, save=None, nonfinite="skip", **kwargs):
     """Train a case and return what this process saw; on one process unless ``kwargs`` say otherwise."""
     case = CASES[name]
     watch, model = Figures("autoclip/grad_norm", "autoclip/threshold"), case.get("model", Net)(sgd)
-    callback = AutoClip(30, window=7, nonfinite=nonfinite, **case.get("clip", {}))
+    callback = by_percentile(30, window=7, nonfinite=nonfinite, **case.get("clip", {}))
     run = trainer(
         callback,
         watch,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FACTORS, ONE_NAN, Batches, Net, assert_bit_equal, trainer
+from helpers import FACTORS, ONE_NAN, Batches, Net, assert_bit_equal, by_percentile, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from models import Figures
 from torch.optim import SGD
 
-from lightning_autoclip import AutoClip, NonFiniteGradientError
+from lightning_autoclip import NonFiniteGradientError
 
 pytestmark = pytest.mark.distributed
 STAGES = (1, 2, 3)
@@ -61,7 +61,7 @@ def sgd(parameters):
 
 def train(strategy="auto", epochs=2, ckpt=None, save=None, factors=FACTORS, **kwargs):
     torch.manual_seed(0)
-    autoclip, watch = AutoClip(40, window=7, nonfinite=kwargs.pop("nonfinite", "skip")), Figures(*KEYS)
+    autoclip, watch = by_percentile(40, window=7, nonfinite=kwargs.pop("nonfinite", "skip")), Figures(*KEYS)
     callbacks, options = [autoclip, watch], {"max_epochs": epochs, "log_every_n_steps": 1, **kwargs}
     if save:
         callbacks.append(ModelCheckpoint(save.parent, save.stem, enable_version_counter=False))

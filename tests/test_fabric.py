@@ -111,6 +111,7 @@ def test_a_bare_loop_resumed_from_a_file_takes_the_steps_of_an_uninterrupted_one
     assert torch.equal(resumed_weights, whole_weights)
     history, expected = resumed["clipper"].pop("history"), whole["clipper"].pop("history")
     assert torch.equal(history["values"], expected["values"])
+    assert torch.equal(resumed["clipper"].pop("weight_norms"), whole["clipper"].pop("weight_norms"))
     assert resumed["clipper"] == whole["clipper"]
 
 

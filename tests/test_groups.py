@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import Net, in_form, loader, read_csv, trainer, weights, with_gradient
+from helpers import Net, by_percentile, in_form, loader, read_csv, trainer, weights, with_gradient
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning
@@ -23,7 +23,7 @@ from torch.optim import SGD, AdamW
 from lightning_autoclip import AutoClip, Constant, GradientClipper, NonFiniteGradientError, Percentile
 from lightning_autoclip.__main__ import main
 from lightning_autoclip.clipping.clipper import clip_together_
-from lightning_autoclip.clipping.gradients import _on_device
+from lightning_autoclip.clipping.gradients import on_device
 
 ALGORITHMS = pytest.mark.parametrize("algorithm", ["norm", "value"])
 LAYERS = {"first": "net.0.*"}  # and the rest: the second layer
@@ -190,7 +190,7 @@ def test_hundreds_of_groups_copy_to_an_accelerator_where_their_parameters_stand_
         copies = []
         for _ in range(3):
             clip(together, ours, [[i] for i in range(300)])
-            copies.append(_on_device.cache_info().misses)
+            copies.append(on_device.cache_info().misses)
     assert copies[0] == copies[2]
 
 
@@ -209,7 +209,7 @@ class Watch(Callback):
 
 
 def autoclip(groups=LAYERS, percentile=30, **kwargs):
-    return AutoClip(percentile, groups=groups, **{"window": 7, "verbose": False, **kwargs})
+    return by_percentile(percentile, groups=groups, **{"window": 7, "verbose": False, **kwargs})
 
 
 def fit(model, *callbacks, epochs=1, ckpt=None, scales=(1.0,), n=40, **kwargs):
@@ -297,7 +297,7 @@ def test_each_parameter_is_in_the_group_that_is_asked_for(groups, members, tmp_p
 )
 def test_bad_groups_are_refused_at_construction(groups, error, match):
     with pytest.raises(error, match=match):
-        AutoClip(groups=groups)
+        by_percentile(groups=groups)
 
 
 def test_a_callback_shows_its_groups():
@@ -316,7 +316,7 @@ def test_a_callback_shows_its_groups():
 )
 def test_groups_that_do_not_fit_the_model_are_refused_at_the_start_of_fit(groups, names, match):
     with pytest.raises(ValueError, match=re.escape(match)):
-        fit(in_param_groups(*names), AutoClip(groups=groups))
+        fit(in_param_groups(*names), by_percentile(groups=groups))
 
 
 def test_names_are_those_that_the_user_wrote_where_a_layer_is_compiled():
@@ -544,7 +544,7 @@ def test_parameters_that_change_places_during_the_fit_stay_in_their_groups():
 
     def fitted(*callbacks):
         torch.manual_seed(0)
-        autoclip, model = AutoClip(50, groups="param_groups"), TwoParamGroups()
+        autoclip, model = by_percentile(50, groups="param_groups"), TwoParamGroups()
         trainer(*callbacks, autoclip, max_epochs=2).fit(model, loader())
         return [clipper.history.recorded.tolist() for clipper in autoclip.clippers], weights(model), autoclip.traces
 
@@ -565,10 +565,10 @@ def test_a_group_that_joined_after_the_last_step_of_a_checkpoint_starts_empty(tm
             if self.late is not None:
                 self.trainer.optimizers[0].add_param_group(self.late)
 
-    run = trainer(AutoClip(groups="param_groups"), max_epochs=1)
+    run = trainer(by_percentile(groups="param_groups"), max_epochs=1)
     run.fit(Joins(), loader())
     run.save_checkpoint(tmp_path / "joined.ckpt")
-    resumed = AutoClip(groups="param_groups")
+    resumed = by_percentile(groups="param_groups")
     trainer(resumed, max_epochs=2).fit(TwoParamGroups(), loader(), ckpt_path=tmp_path / "joined.ckpt")
     assert [clipper.steps for clipper in resumed.clippers] == [32, 16]
 
@@ -579,11 +579,11 @@ def test_a_tied_parameter_is_known_by_each_of_its_names():
             super().__init__()
             self.again = self.net[0]
 
-    autoclip = AutoClip(groups={"tied": "again.*"})
+    autoclip = by_percentile(groups={"tied": "again.*"})
     trainer(autoclip).fit(Tied(), loader())
     assert list(autoclip.traces) == ["autoclip/tied/", "autoclip/rest/"]
     with pytest.raises(ValueError, match="not to overlap"):
-        trainer(AutoClip(groups={"one": "net.0.*", "two": "again.*"})).fit(Tied(), loader())
+        trainer(by_percentile(groups={"one": "net.0.*", "two": "again.*"})).fit(Tied(), loader())
 
 
 @pytest.mark.parametrize("name", ["a/b", "step", "enc*", "..", " "])
@@ -593,4 +593,4 @@ def test_a_param_group_with_a_name_that_no_logger_takes_is_refused(name):
             return SGD([{"params": [*self.parameters()], "name": name}], lr=0.1)
 
     with pytest.raises(ValueError, match="called by words"):
-        trainer(AutoClip(groups="param_groups")).fit(Named(), loader())
+        trainer(by_percentile(groups="param_groups")).fit(Named(), loader())

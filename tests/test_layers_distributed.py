@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FACTORS, ONE_NAN, Batches, Net, trainer
+from helpers import FACTORS, ONE_NAN, Batches, Net, by_percentile, trainer
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
@@ -18,8 +18,6 @@ from test_sharded import STRATEGIES as SHARDED
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import SGD
-
-from lightning_autoclip import AutoClip
 
 pytestmark = pytest.mark.distributed
 
@@ -84,7 +82,7 @@ def train(
     save: Any = None,
 ) -> dict[str, Any]:
     """What this process has to tell of a run; on one process unless there is a strategy."""
-    autoclip = AutoClip(40, window=7, gradient_clip_algorithm=algorithm, log_layers=2, verbose=False)
+    autoclip = by_percentile(40, window=7, gradient_clip_algorithm=algorithm, log_layers=2, verbose=False)
     watch, saving = Watch(), [] if save is None else [ModelCheckpoint(save.parent, save.stem)]
     run = trainer(
         *([Spoil()] if spoils else []),

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import Net, loader, trainer
+from helpers import Net, by_percentile, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from mlflow.tracking import MlflowClient
@@ -117,7 +117,7 @@ def fit(model: Net, loggers: Any, *callbacks: Any, ckpt: Any = None, **kwargs: A
     ours = {
         key: kwargs.pop(key) for key in ("gradient_clip_algorithm", "log_every_step", "log_layers") if key in kwargs
     }
-    autoclip = AutoClip(50, window=8, verbose=False, **ours)
+    autoclip = by_percentile(50, window=8, verbose=False, **ours)
     options = {"log_every_n_steps": 5, "enable_checkpointing": bool(callbacks), **kwargs}
     trainer(autoclip, *callbacks, logger=loggers, **options).fit(model, loader(), ckpt_path=ckpt)
     return autoclip
@@ -163,7 +163,7 @@ def test_a_row_of_nothing_but_nonfinite_steps_can_be_read_back(tmp_path: Path, k
 
 @every_logger
 def test_the_spike_table_has_nothing_where_a_number_is_not_finite(tmp_path: Path, kind: str) -> None:
-    autoclip = AutoClip(50, warmup_steps=4, verbose=False)
+    autoclip = by_percentile(50, warmup_steps=4, verbose=False)
     trainer(autoclip, logger=MAKERS[kind](tmp_path)).fit(Noting({1: math.nan, 2: math.inf, 7: 100.0}, sgd), loader())
     text = TABLES[kind](tmp_path)
     assert not {"nan", "inf"} & set(text.replace("\n", ",").split(","))
@@ -248,7 +248,7 @@ def hparams_file(directory: Path) -> dict[str, Any]:
 def test_the_settings_stand_in_hparams_yaml_beside_the_users_own(tmp_path: Path, kind: str, model: type[Net]) -> None:
     loggers = [MAKERS[kind](tmp_path / name) for name in ("without", "with")]
     trainer(logger=loggers[0]).fit(model(), loader())
-    trainer(callback := AutoClip(25, window=8), logger=loggers[1]).fit(model(), loader())
+    trainer(callback := by_percentile(25, window=8), logger=loggers[1]).fit(model(), loader())
     users = hparams_file(tmp_path / "without") if (tmp_path / "without" / "run" / "hparams.yaml").exists() else {}
     assert hparams_file(tmp_path / "with") == {**users, "lightning_autoclip": callback.settings}
     assert users == ({"lr": 0.02, "model": {"width": 8}} if model is WithHparams else {})
@@ -273,20 +273,20 @@ def test_the_users_hyperparameters_in_the_events_of_tensorboard_stay_as_they_are
     for model in (WithHparams, LogsThemselves):
         loggers = [MAKERS["tensorboard"](tmp_path / model.__name__ / name) for name in ("without", "with")]
         trainer(logger=loggers[0]).fit(model(), loader())
-        trainer(AutoClip(), logger=loggers[1]).fit(model(), loader())
+        trainer(by_percentile(), logger=loggers[1]).fit(model(), loader())
         without, ours = (hparams_of_tensorboard(tmp_path / model.__name__ / name) for name in ("without", "with"))
         assert [tag for tag, _ in ours] == [tag for tag, _ in without]
         assert [len(content) for _, content in ours] == [len(content) for _, content in without]
     events = EventAccumulator(str(tmp_path / "WithHparams" / "with" / "run")).Reload()
     (event,) = events.Tensors("autoclip/settings/text_summary")
-    assert "| policy | {'name': 'Percentile', 'percentile': 10.0" in event.tensor_proto.string_val[0].decode()
+    assert "| policy | {'name': 'Percentile', 'percentile': 50.0" in event.tensor_proto.string_val[0].decode()
 
 
 def test_over_a_resume_in_the_same_folder_of_tensorboard_hyperparameters_stay_and_settings_are_the_last(
     tmp_path: Path,
 ) -> None:
     for percentile, model in ((10, WithHparams()), (20, Net(sgd))):  # the second one says nothing of its own
-        callback = AutoClip(percentile, groups={"first": "net.0.*"})
+        callback = by_percentile(percentile, groups={"first": "net.0.*"})
         trainer(callback, logger=MAKERS["tensorboard"](tmp_path)).fit(model, loader())
         assert hparams_file(tmp_path) == {
             "lr": 0.02,
@@ -296,7 +296,7 @@ def test_over_a_resume_in_the_same_folder_of_tensorboard_hyperparameters_stay_an
 
 
 def test_mlflow_has_the_settings_as_params_beside_the_users_own(tmp_path: Path) -> None:
-    trainer(AutoClip(25, window=8), logger=MAKERS["mlflow"](tmp_path)).fit(WithHparams(), loader())
+    trainer(by_percentile(25, window=8), logger=MAKERS["mlflow"](tmp_path)).fit(WithHparams(), loader())
     (run,) = mlflow_runs(tmp_path)[1]
     users = {"lr": "0.02", "model/width": "8"}
     assert run.data.params.items() >= users.items()
@@ -308,12 +308,12 @@ def test_mlflow_has_the_settings_as_params_beside_the_users_own(tmp_path: Path) 
 
 def test_a_run_of_mlflow_that_is_resumed_with_other_settings_goes_on_with_a_word(tmp_path: Path) -> None:
     logger = MAKERS["mlflow"](tmp_path)
-    trainer(AutoClip(25), logger=logger).fit(Net(sgd), loader())
+    trainer(by_percentile(25), logger=logger).fit(Net(sgd), loader())
     for percentile in (25, 30):
         resumed = MLFlowLogger("experiment", save_dir=str(tmp_path), run_id=logger.run_id)
         told = nullcontext() if percentile == 25 else pytest.warns(UserWarning, match="settings could not be logged to")
         with told:
-            trainer(AutoClip(percentile), logger=resumed).fit(Net(sgd), loader())
+            trainer(by_percentile(percentile), logger=resumed).fit(Net(sgd), loader())
     (run,) = mlflow_runs(tmp_path)[1]
     assert run.data.params["lightning_autoclip/policy/percentile"] == "25.0"
     assert run.info.status == "FINISHED"
@@ -323,7 +323,7 @@ def test_a_run_of_mlflow_that_is_resumed_with_other_settings_goes_on_with_a_word
 @pytest.mark.parametrize("own", ["mine", {"policy": 1}, 0], ids=repr)
 def test_a_hyperparameter_of_the_users_under_our_key_stays(tmp_path: Path, kind: str, own: Any) -> None:
     with pytest.warns(UserWarning, match="have a key `lightning_autoclip` of your own"):
-        trainer(AutoClip(), logger=MAKERS[kind](tmp_path)).fit(WithHparams(lightning_autoclip=own), loader())
+        trainer(by_percentile(), logger=MAKERS[kind](tmp_path)).fit(WithHparams(lightning_autoclip=own), loader())
     if kind == "mlflow":
         params = mlflow_runs(tmp_path)[1][0].data.params
         assert params == (
@@ -395,7 +395,7 @@ class Comet(CometLogger):
 
 def test_comet_gets_finite_rows_the_settings_and_the_table_of_spikes(tmp_path: Path) -> None:
     logger, model = Comet(), WithHparams()
-    autoclip = AutoClip(50, window=8, warmup_steps=3, verbose=False)
+    autoclip = by_percentile(50, window=8, warmup_steps=3, verbose=False)
     data = loader(scales=[math.nan if 20 <= row < 40 else 100.0 if 44 <= row < 48 else 1.0 for row in range(64)])
     trainer(autoclip, logger=logger, log_every_n_steps=5).fit(model, data)
     kept = logger.experiment

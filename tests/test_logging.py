@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from helpers import Net, loader, norm_of, trainer
+from helpers import Net, by_percentile, loader, norm_of, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -44,7 +44,13 @@ KEYS = [
 ]
 SETTINGS = {
     "policy": {"name": "Percentile", "percentile": 50.0, "multiplier": 1.0},
-    **{"gradient_clip_algorithm": "norm", "window": WINDOW, "warmup_steps": 0, "max_threshold": None},
+    **{
+        "gradient_clip_algorithm": "norm",
+        "window": WINDOW,
+        "warmup_steps": 0,
+        "max_threshold": None,
+        "max_update_ratio": None,
+    },
     **{"nonfinite": "skip", "groups": None},
 }
 LOGGERS: dict[str, Callable[..., Logger]] = {
@@ -80,7 +86,7 @@ def fit(model: Net, logger: Any = False, *callbacks: Any, steps: int = 16, ckpt:
     clip = {key: kwargs.pop(key) for key in ("log_every_step", "gradient_clip_algorithm") if key in kwargs}
     bad = kwargs.pop("bad", {3: math.nan, 7: 100.0})
     data = loader(n=4 * steps, scales=[bad.get(i // 4, 1.0) for i in range(32)])
-    autoclip = AutoClip(50, window=WINDOW, multiplier=1.0, **clip)
+    autoclip = by_percentile(50, window=WINDOW, multiplier=1.0, **clip)
     run = trainer(autoclip, *callbacks, logger=logger, **{"log_every_n_steps": 5, **kwargs})
     run.fit(model, data, ckpt_path=ckpt)
     return run
@@ -252,7 +258,7 @@ def test_a_row_of_nonfinite_steps_counts_them_and_holds_no_number_that_is_not_fi
 
 @every_logger
 def test_while_nothing_is_clipped_there_is_no_threshold_rather_than_an_infinite_one(tmp_path: Path, kind: str) -> None:
-    autoclip = AutoClip(50, window=WINDOW, warmup_steps=10, log_every_step=True)
+    autoclip = by_percentile(50, window=WINDOW, warmup_steps=10, log_every_step=True)
     trainer(autoclip, logger=LOGGERS[kind](tmp_path), log_every_n_steps=5).fit(model := Noting(), loader())
     written, infinite = rows(tmp_path), dict.fromkeys(range(10), math.inf)
     known = dict(enumerate(thresholds(model.norms)))
@@ -271,7 +277,7 @@ def test_the_columns_of_a_csv_file_are_there_from_the_first_row(tmp_path: Path, 
             if (file := tmp_path / "run" / "metrics.csv").exists():
                 headers.append(file.read_text().splitlines()[0].split(","))
 
-    autoclip = AutoClip(50, warmup_steps=8, log_every_step=log_every_step)
+    autoclip = by_percentile(50, warmup_steps=8, log_every_step=log_every_step)
     data = loader(scales=[math.nan if row < 12 else 1.0 for row in range(64)])
     trainer(autoclip, Header(), logger=logger, log_every_n_steps=2).fit(models.Noting(), data)
     ours = [{key for key in header if key.startswith("autoclip/")} for header in headers]
@@ -317,7 +323,7 @@ def test_an_epoch_shorter_than_a_window_can_be_monitored(tmp_path: Path, validat
 
     model, best = Validating(), ModelCheckpoint(tmp_path, monitor="autoclip/grad_norm_mean")
     stopping = EarlyStopping("autoclip/grad_norm_mean", patience=9)
-    autoclip = AutoClip(50)
+    autoclip = by_percentile(50)
     validation = loader(n=4) if validates else None
     trainer(autoclip, best, stopping, max_epochs=2, enable_checkpointing=True, num_sanity_val_steps=1).fit(
         model, loader(), validation
@@ -447,7 +453,7 @@ def test_the_row_of_a_step_and_the_summary_up_to_it_are_one(
             self.loss(batch)
 
     model = Validating() if validates else Noting()
-    autoclip, saving = AutoClip(50, window=WINDOW, log_every_step=True), ModelCheckpoint(tmp_path)
+    autoclip, saving = by_percentile(50, window=WINDOW, log_every_step=True), ModelCheckpoint(tmp_path)
     run = trainer(autoclip, saving, logger=LOGGERS[kind](tmp_path), log_every_n_steps=every, enable_checkpointing=True)
     run.fit(model, loader(), loader(n=4) if validates else None)
     written = [row for row in rows(tmp_path) if any(key.startswith("autoclip/step/") for key in row)]
@@ -531,7 +537,7 @@ class Joining(Noting):
 
 @pytest.mark.parametrize("groups", ["param_groups", None], ids=["a group", "parameters"])
 def test_wandb_knows_metrics_that_join_in_mid_fit_as_it_knows_the_others(tmp_path: Path, groups: Any) -> None:
-    autoclip = AutoClip(50, window=WINDOW, groups=groups, log_layers=True, log_every_step=True)
+    autoclip = by_percentile(50, window=WINDOW, groups=groups, log_layers=True, log_every_step=True)
     model, logger = Joining(), LOGGERS["wandb"](tmp_path)
     trainer(autoclip, logger=logger, log_every_n_steps=5).fit(model, loader())
     wandb.finish()
@@ -592,7 +598,7 @@ def test_few_records_wait_on_the_device_however_far_apart_the_rows_are() -> None
     recorder, before, most = Recorder("autoclip/"), waiting(), 0
     for step in range(2500):
         norm, threshold = torch.tensor(float(step)), torch.tensor(999.5)
-        record = StepRecord(norm, norm.minimum(threshold), norm, threshold, torch.tensor(0.0))
+        record = StepRecord(norm, norm.minimum(threshold), norm, threshold, torch.tensor(0.0), torch.tensor(math.nan))
         recorder.add(record, step=step, epoch=0, first_batch=step, last_batch=step)
         assert recorder.is_due(2500) == (step == 2499)
         most = max(most, waiting() - before) if step in (1000, 1022, 1500, 2046, 2499) else most

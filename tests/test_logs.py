@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
-from helpers import Net, loader, trainer
+from helpers import Net, by_percentile, loader, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
@@ -68,7 +68,7 @@ def test_a_folder_of_tensorboard_is_read_as_the_csv_file_of_the_same_run(
 ) -> None:
     loggers = [CSVLogger(tmp_path, "", "csv", prefix=prefix), TensorBoardLogger(tmp_path, "", "tb", prefix=prefix)]
     model = Noting({5: math.nan, 41: 1000.0}, slowly)
-    trainer(AutoClip(50, **options), logger=loggers, log_every_n_steps=4).fit(model, loader(n=240))
+    trainer(by_percentile(50, **options), logger=loggers, log_every_n_steps=4).fit(model, loader(n=240))
     csv, tensorboard = read_run(tmp_path / "csv"), read_run(tmp_path / "tb")
     assert tensorboard.source == "TensorBoard run tb"
     assert figures(tensorboard) == pytest.approx(figures(csv), rel=1e-5, nan_ok=True)
@@ -79,7 +79,7 @@ def test_a_folder_of_tensorboard_is_read_as_the_csv_file_of_the_same_run(
 
 
 def test_the_file_of_events_will_do_as_its_folder_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer(AutoClip(verbose=False), logger=MAKERS["tensorboard"](tmp_path)).fit(Net(), loader())
+    trainer(by_percentile(verbose=False), logger=MAKERS["tensorboard"](tmp_path)).fit(Net(), loader())
     (events,) = (tmp_path / "run").glob("events*")
     outputs = []
     for path in (events, events.parent):
@@ -91,7 +91,7 @@ def test_the_file_of_events_will_do_as_its_folder_does(tmp_path: Path, capsys: p
 
 def test_suggest_reads_a_folder_of_tensorboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     logger, model = MAKERS["tensorboard"](tmp_path), Noting(optimizer=slowly)
-    trainer(AutoClip(100, log_every_step=True), logger=logger).fit(model, loader(n=240))
+    trainer(by_percentile(100, log_every_step=True), logger=logger).fit(model, loader(n=240))
     capsys.readouterr()
     assert main(["suggest", str(tmp_path / "run")]) == 0
     thresholds = [np.percentile(model.norms[: i + 1], 90) for i in range(60)]
@@ -105,10 +105,10 @@ def test_of_several_optimizers_and_several_steps_in_a_batch_tensorboard_has_all(
             super().training_step(batch, batch_idx)
             super().training_step(batch, batch_idx)
 
-    trainer(AutoClip(log_every_step=True), logger=MAKERS["tensorboard"](tmp_path / "1")).fit(Twice(), loader())
+    trainer(by_percentile(log_every_step=True), logger=MAKERS["tensorboard"](tmp_path / "1")).fit(Twice(), loader())
     assert len(read_run(tmp_path / "1" / "run").norms["autoclip/"]) == 32
     model = OptimizerPerLayer(slowly, lambda parameters: Adam(parameters, lr=0.01))
-    trainer(AutoClip(log_every_step=True), logger=MAKERS["tensorboard"](tmp_path / "2")).fit(model, loader())
+    trainer(by_percentile(log_every_step=True), logger=MAKERS["tensorboard"](tmp_path / "2")).fit(model, loader())
     norms = read_run(tmp_path / "2" / "run").norms
     assert norms["autoclip/SGD/"] == pytest.approx(model.norms[0], rel=1e-5)
     assert norms["autoclip/Adam/"] == pytest.approx(model.norms[1], rel=1e-5)
@@ -127,7 +127,9 @@ def test_the_files_of_a_tensorboard_run_are_read_in_the_order_in_which_they_were
 def test_events_that_are_still_being_written_are_read_as_far_as_they_go(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], cut: int
 ) -> None:
-    trainer(AutoClip(verbose=False), logger=MAKERS["tensorboard"](tmp_path), log_every_n_steps=2).fit(Net(), loader())
+    trainer(by_percentile(verbose=False), logger=MAKERS["tensorboard"](tmp_path), log_every_n_steps=2).fit(
+        Net(), loader()
+    )
     (events,) = (tmp_path / "run").glob("events*")
     events.write_bytes(events.read_bytes()[:cut])
     assert main(["report", str(tmp_path / "run")]) == (0 if cut == -7 else 1)
@@ -149,7 +151,7 @@ def test_events_that_are_none_are_one_clear_line(content: bytes, capsys: pytest.
 @every_logger
 @pytest.mark.parametrize("percentile", [25, 90])
 def test_the_report_of_rows_knows_the_percentile(tmp_path: Path, kind: str, percentile: int) -> None:
-    callback = AutoClip(percentile, warmup_steps=10, verbose=False)
+    callback = by_percentile(percentile, warmup_steps=10, verbose=False)
     trainer(callback, logger=MAKERS[kind](tmp_path), log_every_n_steps=5).fit(Net(), loader(n=240))
     found, expected = figures(read(tmp_path, kind)), callback.report().sections[0].figures
     assert found["expected_fraction"] == pytest.approx(expected.expected_fraction)
@@ -176,14 +178,14 @@ HOSTILE = [
 @both_files
 @pytest.mark.parametrize("text", HOSTILE, ids=repr)
 def test_of_hyperparameters_without_settings_no_share_is_expected(tmp_path: Path, kind: str, text: str) -> None:
-    trainer(AutoClip(verbose=False), logger=MAKERS[kind](tmp_path)).fit(Net(), loader())
+    trainer(by_percentile(verbose=False), logger=MAKERS[kind](tmp_path)).fit(Net(), loader())
     (tmp_path / "run" / "hparams.yaml").write_text(text)
     assert math.isnan(figures(read_run(tmp_path / "run"))["expected_fraction"])
 
 
 @both_files
 def test_of_objects_among_the_hyperparameters_nothing_is_made(tmp_path: Path, kind: str) -> None:
-    trainer(AutoClip(50, verbose=False), logger=MAKERS[kind](tmp_path)).fit(Net(), loader())
+    trainer(by_percentile(50, verbose=False), logger=MAKERS[kind](tmp_path)).fit(Net(), loader())
     path = tmp_path / "run" / "hparams.yaml"
     path.write_text(f"bad: !!python/object/apply:os.mkdir [made]\nother: !mine {{a: 1}}\n{path.read_text()}")
     assert figures(read_run(tmp_path / "run"))["expected_fraction"] == 0.5
@@ -211,7 +213,7 @@ class Killed(Noting):
 def fit(
     model: Net, path: Path, kind: str, ckpt: Path | None = None, percentile: float = 50, **options: Any
 ) -> AutoClip:
-    callback = AutoClip(percentile, log_every_step=True, verbose=False)
+    callback = by_percentile(percentile, log_every_step=True, verbose=False)
     options = {"log_every_n_steps": 10, "enable_checkpointing": True, "max_epochs": 2, **options}
     saving = ModelCheckpoint(path, "saved", every_n_train_steps=33)
     trainer(callback, saving, logger=MAKERS[kind](path), **options).fit(model, loader(n=240), ckpt_path=ckpt)
@@ -267,7 +269,7 @@ def test_a_folder_of_several_runs_is_refused_with_their_names(
 ) -> None:
     for name in ("one", "two"):
         logger = WandbLogger(save_dir=tmp_path, project="test", id=name)
-        trainer(AutoClip(verbose=False), logger=logger).fit(Net(), loader())
+        trainer(by_percentile(verbose=False), logger=logger).fit(Net(), loader())
         wandb.finish()
     read_runs(tmp_path)
     assert main(["report", str(tmp_path / "wandb")]) == 1
@@ -289,7 +291,7 @@ def test_of_a_wandb_run_that_goes_on_the_report_says_that_nothing_is_on_disk_yet
                 said.extend(capsys.readouterr().err.strip().splitlines())
 
     said: list[str] = []
-    trainer(AutoClip(), Look(), logger=MAKERS["wandb"](tmp_path), log_every_n_steps=2).fit(Net(), loader())
+    trainer(by_percentile(), Look(), logger=MAKERS["wandb"](tmp_path), log_every_n_steps=2).fit(Net(), loader())
     assert len(said) == 2
     assert all("on disk yet: the run goes on, or was killed" in line for line in said)
 
@@ -306,7 +308,7 @@ def test_of_a_file_before_its_first_row_the_report_says_that_nothing_is_on_disk_
                 assert main(["report", str(tmp_path / "run")]) == 1
                 assert "on disk yet" in capsys.readouterr().err
 
-    trainer(AutoClip(verbose=False), Look(), logger=MAKERS[kind](tmp_path)).fit(Net(), loader())
+    trainer(by_percentile(verbose=False), Look(), logger=MAKERS[kind](tmp_path)).fit(Net(), loader())
 
 
 def test_a_run_without_the_callback_is_not_said_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,7 +324,7 @@ def test_a_run_without_the_callback_is_not_said_to_go_on(tmp_path: Path, capsys:
 
 @pytest.mark.parametrize("command", ["suggest", "report"])
 def test_who_reads_no_further_ends_the_program_quietly(tmp_path: Path, command: str) -> None:
-    run = trainer(AutoClip(log_every_step=True, verbose=False), logger=MAKERS["csv"](tmp_path))
+    run = trainer(by_percentile(log_every_step=True, verbose=False), logger=MAKERS["csv"](tmp_path))
     run.fit(Net(), loader(n=240))
     program = subprocess.Popen(
         [sys.executable, "-m", "lightning_autoclip", command, tmp_path / "run"],

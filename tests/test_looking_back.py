@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from helpers import Net, loader, trainer
+from helpers import Net, by_percentile, loader, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from models import Gradients
@@ -26,7 +26,7 @@ from processes import ROOT
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from wandb_reader import read_runs
 
-from lightning_autoclip import AutoClip, Constant, GradientClipping, NonFiniteGradientError, Policy
+from lightning_autoclip import Constant, GradientClipping, NonFiniteGradientError, Policy
 from lightning_autoclip.__main__ import main
 from lightning_autoclip.monitoring.runs import read_run
 from lightning_autoclip.monitoring.suggest import candidates, recommended
@@ -37,7 +37,7 @@ SPIKES = {41: 100.0, 42: 100.0}  # batch -> factor on its loss
 
 def fit(*loggers, steps: int = 60, callback: GradientClipping | None = None, spikes=SPIKES, **kwargs):
     """A run on batches of four rows; the callback, and the norms before clipping."""
-    callback, norms = callback or AutoClip(50, verbose=False), Gradients()
+    callback, norms = callback or by_percentile(50, verbose=False), Gradients()
     scales = [spikes.get(i // 4, 1.0) for i in range(4 * steps)]
     run = trainer(norms, callback, logger=list(loggers), log_every_n_steps=10, **kwargs)
     run.fit(Net(), loader(n=4 * steps, scales=scales))
@@ -48,11 +48,11 @@ def fit(*loggers, steps: int = 60, callback: GradientClipping | None = None, spi
 
 
 def test_the_report_is_printed_once_at_the_end_of_fit_and_only_if_wanted(capsys):
-    _, callback, _ = fit(callback=AutoClip(50))
+    _, callback, _ = fit(callback=by_percentile(50))
     printed = capsys.readouterr().out
     assert printed.count("60 steps") == 1
     assert str(callback.report()) in printed
-    fit(callback=AutoClip(50, verbose=False))
+    fit(callback=by_percentile(50, verbose=False))
     assert "60 steps" not in capsys.readouterr().out
 
 
@@ -94,7 +94,7 @@ def test_a_run_that_crashes_leaves_its_spike_table(tmp_path):
                 raise RuntimeError("crash")
 
     logger = CSVLogger(tmp_path)
-    callback = AutoClip(50, verbose=False)
+    callback = by_percentile(50, verbose=False)
     run = trainer(Crash(), callback, logger=logger, log_every_n_steps=10)
     with pytest.raises(RuntimeError, match="crash"):
         run.fit(Net(), loader(n=240, scales=[SPIKES.get(i // 4, 1.0) for i in range(240)]))
@@ -119,7 +119,7 @@ class Failing(Callback):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_run_that_is_broken_off_has_its_report_printed(tmp_path, capsys, error, logged, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)  # Lightning leaves an interrupt ignored
-    callback = AutoClip(50)
+    callback = by_percentile(50)
     failing = Failing("on_train_batch_start", error, at=56)
     run = trainer(failing, callback, logger=CSVLogger(tmp_path) if logged else False, log_every_n_steps=10)
     with pytest.raises((RuntimeError, SystemExit)):
@@ -142,7 +142,7 @@ def test_a_run_that_is_broken_off_has_its_report_printed(tmp_path, capsys, error
     ids=["not wanted", "before the fit", "before any step", "after the report", "in a test after the fit"],
 )
 def test_the_report_is_printed_no_more_than_once(capsys, hook, options, times):
-    run, model = trainer(AutoClip(**options), Failing(hook, RuntimeError)), Net()
+    run, model = trainer(by_percentile(**options), Failing(hook, RuntimeError)), Net()
     model.test_step = lambda batch, batch_idx: None
     with suppress(RuntimeError):
         run.fit(model, loader())
@@ -162,7 +162,7 @@ def test_the_report_is_printed_though_a_logger_fails_with_the_run(capsys):
         pytest.warns(UserWarning, match="could not log its last rows: no space left"),
         pytest.raises(ZeroDivisionError),
     ):
-        trainer(AutoClip(), Failing("on_train_batch_start", ZeroDivisionError, at=9), logger=Full(".")).fit(
+        trainer(by_percentile(), Failing("on_train_batch_start", ZeroDivisionError, at=9), logger=Full(".")).fit(
             Net(), loader()
         )
     assert "autoclip: 8 steps" in capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_the_report_is_printed_though_a_logger_fails_with_the_run(capsys):
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"barebones": True}, {"max_steps": 0}], ids=str)
 def test_runs_without_loggers_or_steps_end_quietly(options, capsys):
-    callback = AutoClip()
+    callback = by_percentile()
     run = trainer(callback, **options)
     run.fit(Net(), loader())
     callback.report(), callback.spikes()
@@ -204,7 +204,7 @@ def test_steps_that_were_not_finite_are_marked():
 
 
 def test_by_value_the_plot_shows_what_the_threshold_follows():
-    _, callback, norms = fit(callback=AutoClip(50, gradient_clip_algorithm="value", verbose=False))
+    _, callback, norms = fit(callback=by_percentile(50, gradient_clip_algorithm="value", verbose=False))
     entries = sum(parameter.numel() for parameter in Net().parameters())
     (norm, threshold) = callback.plot().axes[0].lines[:2]
     np.testing.assert_allclose(norm.get_ydata(), np.array(norms) / math.sqrt(entries), rtol=1e-5)
@@ -256,7 +256,7 @@ def recorded(tmp_path_factory):
         patch.setenv("WANDB_SILENT", "true")
         wandb.teardown()
         loggers = CSVLogger(out), WandbLogger(save_dir=out)
-        run, callback, norms = fit(*loggers, callback=AutoClip(50, log_every_step=True, verbose=False))
+        run, callback, norms = fit(*loggers, callback=by_percentile(50, log_every_step=True, verbose=False))
         run.save_checkpoint(out / "last.ckpt", weights_only=False)
         directory = Path(loggers[1].experiment.dir).parent
         wandb.finish()
@@ -378,7 +378,7 @@ def test_logged_rows_of_a_sick_run_are_not_called_healthy(tmp_path, capsys, spik
 
 def test_logged_rows_by_value_are_read_in_one_unit_and_nothing_is_suggested_from_them(tmp_path, capsys):
     logger = CSVLogger(tmp_path)
-    _, callback, _ = fit(logger, callback=AutoClip(50, gradient_clip_algorithm="value", verbose=False), spikes={})
+    _, callback, _ = fit(logger, callback=by_percentile(50, gradient_clip_algorithm="value", verbose=False), spikes={})
     assert main(["report", logger.log_dir, "--json"]) == 0
     figures, exact = (
         json.loads(capsys.readouterr().out)["sections"][0]["figures"],
@@ -414,7 +414,7 @@ def test_a_plot_that_cannot_be_written_is_one_clear_line(recorded, capsys):
 
 
 def test_the_step_that_nonfinite_raise_stops_at_is_in_the_report():
-    callback = AutoClip(50, nonfinite="raise", verbose=False)
+    callback = by_percentile(50, nonfinite="raise", verbose=False)
     with pytest.raises(NonFiniteGradientError, match="batch 33"):
         fit(callback=callback, spikes={33: math.nan})
     assert callback.spikes()[0]["step"] == 33
@@ -434,7 +434,7 @@ def test_a_policy_of_the_users_own_may_be_called_percentile_too(capsys):
 def test_a_run_with_two_percentiles_is_not_judged_by_the_last_one(tmp_path):
     run, _, _ = fit(spikes={})
     run.save_checkpoint("p50.ckpt")
-    callback = AutoClip(90, verbose=False)
+    callback = by_percentile(90, verbose=False)
     resumed = trainer(callback, max_epochs=2)
     with pytest.warns(UserWarning, match="goes on with"):
         resumed.fit(Net(), loader(n=240), ckpt_path="p50.ckpt")

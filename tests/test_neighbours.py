@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import wandb
-from helpers import Net, loader, norm_of, read_csv, trainer, weights
+from helpers import Net, by_percentile, loader, norm_of, read_csv, trainer, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -76,7 +76,7 @@ class ByStep(Noting):
 def fit(model: Net, *callbacks: Any, epochs: int = 1, ckpt: Any = None, **kwargs: Any) -> AutoClip:
     """Train beside the callbacks; where none of them is an `AutoClip`, one stands before them."""
     ours = next((callback for callback in callbacks if isinstance(callback, AutoClip)), None)
-    autoclip = ours or AutoClip(50, window=20, verbose=False)
+    autoclip = ours or by_percentile(50, window=20, verbose=False)
     before = () if ours else (autoclip,)
     kwargs["enable_checkpointing"] = any(isinstance(callback, theirs.Checkpoint) for callback in callbacks)
     trainer(*before, *callbacks, max_epochs=epochs, **kwargs).fit(model, ckpt_path=ckpt)
@@ -119,7 +119,7 @@ WATCHING: dict[str, Any] = {
 @pytest.mark.parametrize("name", WATCHING)
 def test_a_callback_that_only_watches_changes_neither_steps_nor_record(tmp_path: Path, name: str, first: bool) -> None:
     alone, beside = Noting(), Noting()
-    neighbour, ours = WATCHING[name](tmp_path / "theirs"), AutoClip(50, window=20, verbose=False)
+    neighbour, ours = WATCHING[name](tmp_path / "theirs"), by_percentile(50, window=20, verbose=False)
     order = (ours, neighbour) if first else (neighbour, ours)
     options = {"epochs": 2, "logger": CSVLogger(tmp_path), "log_every_n_steps": 5}
     assert_same_run((beside, fit(beside, *order, **options)), (alone, fit(alone, epochs=2, log_every_n_steps=5)))
@@ -140,7 +140,7 @@ class Reading(Callback):
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_a_callback_before_ours_reads_raw_gradients_and_one_behind_it_clipped_ones(algorithm: str) -> None:
     model, before, behind = Noting(), Reading(), Reading()
-    ours = AutoClip(50, window=20, gradient_clip_algorithm=algorithm, multiplier=1, verbose=False)
+    ours = by_percentile(50, window=20, gradient_clip_algorithm=algorithm, multiplier=1, verbose=False)
     fit(model, before, ours, behind)
     assert before.norms == model.norms
     limits = percentiles(model.norms)
@@ -278,7 +278,7 @@ def test_stochastic_weight_averaging_averages_clipped_steps() -> None:
 
 
 def test_under_an_accumulation_schedule_each_window_is_recorded_once() -> None:
-    model, autoclip = Noting(), AutoClip(50, window=None, verbose=False)
+    model, autoclip = Noting(), by_percentile(50, window=None, verbose=False)
     fit(model, autoclip, GradientAccumulationScheduler({0: 1, 1: 2, 2: 5}), epochs=3)
     ends = [*range(16), *range(17, 32, 2), 36, 41, 46, 47]  # backward passes that fill a window or end the epoch
     assert recorded(autoclip) == pytest.approx([model.norms[end] for end in ends], rel=1e-6)
@@ -341,11 +341,11 @@ def test_a_checkpoint_at_an_exception_goes_on_as_if_nothing_had_happened(tmp_pat
     failure = why == "failure"
     broken = ByStep(fails_at=21) if failure else ByStep(bad_at=21)
     settings = {"window": 20, "verbose": False, "nonfinite": "raise"}
-    ours, keeping = AutoClip(50, **settings), OnExceptionCheckpoint(tmp_path)
+    ours, keeping = by_percentile(50, **settings), OnExceptionCheckpoint(tmp_path)
     with pytest.raises(RuntimeError if failure else NonFiniteGradientError):
         fit(broken, *((keeping, ours) if place == "before" else (ours, keeping)), epochs=3)
     whole, rest = ByStep(), ByStep()
-    first, second = AutoClip(50, **settings), AutoClip(50, **settings)
+    first, second = by_percentile(50, **settings), by_percentile(50, **settings)
     fit(whole, first, max_steps=40, epochs=5)
     fit(rest, second, max_steps=40, epochs=5, ckpt=tmp_path / "on_exception.ckpt")
     assert len(rest.norms) == 40 - 21

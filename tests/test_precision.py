@@ -8,15 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Net, loader, trainer, weights
+from helpers import Net, by_percentile, loader, trainer, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from models import BadBatches, Gradients, Manual, WithoutLoss
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
-
-from lightning_autoclip import AutoClip
 
 MODES = ["32-true", "64-true", "bf16-mixed", "bf16-true", "16-true", "16-mixed"]
 TOLERANCE = {"64-true": 1e-6, "32-true": 1e-5, "bf16-mixed": 1e-5, "16-mixed": 1e-5, "16-true": 2e-3, "bf16-true": 1e-2}
@@ -68,7 +66,7 @@ def clipped(gradient: np.ndarray, threshold: float, by_value: bool) -> np.ndarra
 def test_each_step_is_the_clipped_step_by_hand(mode, fused, net, algorithm):
     by_value = algorithm == "value"
     before, after, steps = Gradients(), Gradients(), Weights()
-    autoclip = AutoClip(40, gradient_clip_algorithm=algorithm)
+    autoclip = by_percentile(40, gradient_clip_algorithm=algorithm)
     model = net(sgd(fused))
     trainer(before, autoclip, after, steps, max_epochs=2, **precision(mode)).fit(model, loader(scales=SCALES))
 
@@ -92,7 +90,7 @@ def test_each_step_is_the_clipped_step_by_hand(mode, fused, net, algorithm):
 @pytest.mark.parametrize("mode", ["32-true", "16-mixed"])
 @pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
 def test_accumulated_gradients_are_recorded_once_per_step(mode, fused):
-    ledger, autoclip = Gradients(), AutoClip(40)
+    ledger, autoclip = Gradients(), by_percentile(40)
     trainer(ledger, autoclip, accumulate_grad_batches=3, **precision(mode)).fit(Net(sgd(fused)), loader(scales=SCALES))
     assert len(ledger.gradients) == 6  # 16 batches: five full windows and a short one
     np.testing.assert_allclose(
@@ -114,7 +112,7 @@ def test_an_overflow_under_amp_moves_nothing_and_the_scaler_backs_off(fused, net
         "adamw": lambda parameters: AdamW(parameters, lr=0.01, fused=fused),
     }[optimizer]
     ledger, steps = Gradients(), Weights()
-    autoclip = AutoClip(40, gradient_clip_algorithm=algorithm, nonfinite=nonfinite)
+    autoclip = by_percentile(40, gradient_clip_algorithm=algorithm, nonfinite=nonfinite)
     trainer(ledger, autoclip, steps, **precision("16-mixed")).fit(net(factory), loader(n=32, scales=OVERFLOW))
 
     finite = [np.isfinite(g).all() for g in ledger.gradients]
@@ -135,7 +133,9 @@ def test_fused_and_ordinary_optimizers_train_alike_under_amp(optimizer):
         factory = {"sgd": sgd(fused, momentum=0.9), "adamw": lambda parameters: AdamW(parameters, lr=0.01, fused=fused)}
         model = Net(factory[optimizer])
         # The first step overflows, which is where torch's fused SGD leaves its momentum uninitialised.
-        trainer(AutoClip(), max_epochs=3, **precision("16-mixed")).fit(model, loader(scales=[1e6] * 4 + [1.0] * 60))
+        trainer(by_percentile(), max_epochs=3, **precision("16-mixed")).fit(
+            model, loader(scales=[1e6] * 4 + [1.0] * 60)
+        )
         return weights(model)
 
     torch.testing.assert_close(train(True), train(False), rtol=1e-4, atol=1e-5)
@@ -145,7 +145,7 @@ def test_fused_and_ordinary_optimizers_train_alike_under_amp(optimizer):
 @pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_batches_without_a_loss_record_what_is_stepped_and_no_more(mode, fused, accumulate):
-    ledger, steps, autoclip = Gradients(), Weights(), AutoClip(100)
+    ledger, steps, autoclip = Gradients(), Weights(), by_percentile(100)
     trainer(ledger, autoclip, steps, accumulate_grad_batches=accumulate, **precision(mode)).fit(
         WithoutLoss((1, 5), sgd(fused)), loader(n=32)
     )
@@ -166,7 +166,7 @@ def test_frozen_and_unused_parameters_are_left_out():
             self.net[0].requires_grad_(False)
             self.unused = nn.Linear(3, 3)
 
-    ledger, autoclip = Gradients(), AutoClip(40)
+    ledger, autoclip = Gradients(), by_percentile(40)
     trainer(ledger, autoclip).fit(Partial(), loader())
     assert {g.size for g in ledger.gradients} == {9}
     np.testing.assert_allclose(
@@ -187,7 +187,7 @@ def test_sparse_and_dense_embeddings_train_alike(algorithm):
 
     models = [Bag(True), Bag(False)]
     for model in models:
-        trainer(AutoClip(40, gradient_clip_algorithm=algorithm), max_epochs=2).fit(model, loader(scales=SCALES))
+        trainer(by_percentile(40, gradient_clip_algorithm=algorithm), max_epochs=2).fit(model, loader(scales=SCALES))
     torch.testing.assert_close(weights(models[0]), weights(models[1]))
 
 
@@ -198,10 +198,10 @@ def test_a_compiled_module_trains_as_the_plain_one(whole):
             return self.loss(batch)
 
     plain, compiled = Quiet(), Quiet()
-    trainer(AutoClip()).fit(plain, loader())
+    trainer(by_percentile()).fit(plain, loader())
     if not whole:
         compiled.net.compile(backend="aot_eager")
-    trainer(AutoClip()).fit(torch.compile(compiled, backend="aot_eager") if whole else compiled, loader())
+    trainer(by_percentile()).fit(torch.compile(compiled, backend="aot_eager") if whole else compiled, loader())
     torch.testing.assert_close(weights(compiled), weights(plain))
 
 
@@ -220,4 +220,4 @@ def test_where_lightnings_own_clipping_refuses_or_is_wrong_autoclip_trains(case)
     else:
         with pytest.raises((RuntimeError, MisconfigurationException), match=r"gradient clipping"):
             fit([], gradient_clip_val=1.0)
-    assert weights(fit([AutoClip()])).isfinite().all()
+    assert weights(fit([by_percentile()])).isfinite().all()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Net, loader, norm_of, trainer
+from helpers import Net, by_percentile, loader, norm_of, trainer
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -247,9 +247,18 @@ def test_batches_of_one_row_are_healthy(percentile):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("percentile", [10, 50])
 def test_a_learning_rate_that_is_far_too_high_is_seen_in_growing_norms(percentile, seed):
-    clipping = AutoClip(percentile)
+    clipping = by_percentile(percentile)
     train(clipping, "transformer", "SGD", 3.0, seed=seed)
     assert {"growing norms", "clipped far more often than the percentile implies"} <= set(names(clipping))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("percentile", [10, 50, 90])
+def test_with_the_weights_as_a_bound_it_is_called_by_its_name_and_norms_do_not_grow(percentile, seed):
+    clipping = AutoClip(percentile)
+    train(clipping, "transformer", "SGD", 3.0, seed=seed)
+    assert "learning rate too high" in names(clipping)
+    assert "growing norms" not in names(clipping)
 
 
 @pytest.mark.parametrize("percentile", [10, 50, 90])
@@ -312,7 +321,7 @@ def test_units_that_die_or_saturate_are_seen_in_vanishing_norms(output, opt, lr)
         x, y = regression(n)
         return x, y.abs() if output is nn.ReLU else (y > y.median() - 1).float()
 
-    clipping = AutoClip(50)
+    clipping = by_percentile(50)
     train(clipping, opt=opt, lr=lr, net=lambda: nn.Sequential(*mlp(16, 64, 64, 1), output()), data=positive)
     assert names(clipping) == ["vanishing norms"]
     assert "exactly zero" in evidence(clipping, "vanishing norms")
@@ -514,7 +523,7 @@ def test_logged_rows_tell_of_it_where_they_have_the_norms_of_steps(tmp_path, eve
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_the_figures_are_those_that_numpy_computes(algorithm):
-    gradients, clipping, model = Gradients(), AutoClip(30, gradient_clip_algorithm=algorithm, window=20), Net()
+    gradients, clipping, model = Gradients(), by_percentile(30, gradient_clip_algorithm=algorithm, window=20), Net()
     trainer(gradients, clipping, max_epochs=10, log_every_n_steps=5).fit(model, loader(scales=[1.0, 3.0, 0.5]))
     by_value, seen = algorithm == "value", np.stack(gradients.gradients)
     norms = np.linalg.norm(seen, axis=1) / (math.sqrt(seen.shape[1]) if by_value else 1)

@@ -152,6 +152,7 @@ STRATEGIES = {
     for params in ("original", "flat")
 }
 ALGORITHMS = ("norm", "value")
+RATIO = 0.25  # of the weights, per step: holds some of the steps
 CASES = [(name, algorithm) for name in STRATEGIES for algorithm in ALGORITHMS]
 RESUMED = ["FSDP2", "FSDP1 FULL_SHARD original", "FSDP1 FULL_SHARD flat"]
 SPOILED = ["FSDP2", "FSDP1 FULL_SHARD original"]
@@ -193,9 +194,10 @@ def sgd(parameters):
     return SGD(parameters, lr=0.02, momentum=0.9)
 
 
-def train(net=Net, algorithm="norm", strategy="auto", epochs=2, ckpt=None, save=None, spoils=False):
+def train(net=Net, algorithm="norm", strategy="auto", epochs=2, ckpt=None, save=None, spoils=False, ratio=None):
     torch.manual_seed(0)
-    model, autoclip = net(sgd), AutoClip(40, window=7, gradient_clip_algorithm=algorithm)
+    model = net(sgd)
+    autoclip = AutoClip(40, window=7, gradient_clip_algorithm=algorithm, max_update_ratio=ratio)
     watch = Watch("autoclip/SGD/" if net is MixedOptimizers else "autoclip/")
     devices = 1 if strategy == "auto" else 2
     options = {"max_epochs": epochs, "log_every_n_steps": 1, "use_distributed_sampler": False}
@@ -209,11 +211,13 @@ def train(net=Net, algorithm="norm", strategy="auto", epochs=2, ckpt=None, save=
         run.fit(model, datamodule=Batches(FACTORS), ckpt_path=ckpt)
     clipper = autoclip.clippers[-1]  # the only one, or that of the plain layer
     record = clipper.history.recorded.tolist(), clipper.steps, clipper.nonfinite_total
+    bounded = [autoclip.report().sections[-1].figures.bounded_fraction, clipper.state_dict()["weight_norms"]]
     drifting = [str(warning.message) for warning in caught if "the ranks drift apart" in str(warning.message)]
     return {
         "steps": torch.tensor(list(watch.steps.values())),
         "weights": watch.weights,
         "record": record,
+        "bounded": bounded,
         "warnings": drifting,
     }
 
@@ -251,6 +255,10 @@ def ranks(two_ranks, tmp_path_factory):
     """What the two ranks saw in a run."""
     folder = tmp_path_factory.mktemp("sharded")
     runs = {f"{name} {algorithm}": partial(on_two, name, algorithm=algorithm) for name, algorithm in CASES}
+    runs |= {
+        f"{name} {algorithm} bounded": partial(on_two, name, algorithm=algorithm, ratio=RATIO)
+        for name, algorithm in CASES
+    }
     runs |= {f"{name} interrupted": partial(interrupted, name, folder / f"{name}.ckpt") for name in RESUMED}
     runs |= {f"{name} spoiled": partial(on_two, name, spoils=True) for name in SPOILED}
     runs |= {"mixed": partial(mixed, Mixed), "mixed optimizers": partial(mixed, MixedOptimizers)}
@@ -258,8 +266,8 @@ def ranks(two_ranks, tmp_path_factory):
 
 
 @cache
-def on_one(net, algorithm):
-    return train(net, algorithm)
+def on_one(net, algorithm, ratio=None):
+    return train(net, algorithm, ratio=ratio)
 
 
 @pytest.mark.parametrize(("name", "algorithm"), CASES)
@@ -271,6 +279,21 @@ def test_sharded_training_takes_the_steps_of_one_process(name, algorithm, ranks)
     torch.testing.assert_close(first["steps"], one["steps"], rtol=1e-5, atol=1e-6)
     assert (one["steps"][:, 2] < 0.9).sum() > 5
     torch.testing.assert_close(first["weights"], one["weights"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "algorithm"), CASES)
+def test_sharded_weights_bound_the_steps_as_those_of_one_process(name, algorithm, ranks):
+    first, second = ranks(f"{name} {algorithm} bounded")
+    assert_bit_equal(first, second)
+    assert first["bounded"][0] == second["bounded"][0]
+    assert torch.equal(first["bounded"][1], second["bounded"][1])
+    assert 0.2 < first["bounded"][0] < 1
+    if name.endswith("flat"):
+        return  # a flat parameter is bounded as one, with its bias, which is not what one process does
+    one = on_one(getattr(STRATEGIES[name][0], "reference", Net), algorithm, RATIO)
+    torch.testing.assert_close(first["steps"], one["steps"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first["bounded"], one["bounded"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(first["weights"], one["weights"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", RESUMED)

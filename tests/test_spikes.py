@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import Net, loader, trainer, with_gradient
+from helpers import Net, by_percentile, loader, trainer, with_gradient
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -101,7 +101,7 @@ def fit(
 
 
 def clipper(**kwargs: Any) -> AutoClip:
-    return AutoClip(PERCENTILE, window=WINDOW, multiplier=1.0, verbose=False, **kwargs)
+    return by_percentile(PERCENTILE, window=WINDOW, multiplier=1.0, verbose=False, **kwargs)
 
 
 def expected_spikes(steps: Sequence[Step], clipped: Sequence[float] | None, by_value: bool = False) -> list[Any]:
@@ -495,7 +495,7 @@ def test_layers_are_logged_on_demand_only(options: dict[str, Any], tmp_path: Pat
 @pytest.mark.parametrize("value", [-1, 1.5, "all", None], ids=str)
 def test_a_depth_that_is_none_is_refused(value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="Expected `log_layers` to be a bool, or a number of names"):
-        AutoClip(log_layers=value)
+        by_percentile(log_layers=value)
 
 
 @pytest.mark.parametrize("wrap", ["compiled", "checkpointed", "both"])

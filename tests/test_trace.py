@@ -140,6 +140,7 @@ def check_bin(one: Summary, points: Sequence[Point]) -> None:
         "coef_min": coefs.min(initial=1),
     }
     found = dict(vars(one))
+    expected |= dict.fromkeys(("weighed", "bounded", "updates", "excess"), 0)  # these steps have no bound
     top, at_top, largest = found.pop("top"), found.pop("at_top"), norm[counted].max(initial=0)
     assert top == pytest.approx(largest, rel=20 * SAME)
     assert (norm[counted] == largest).sum() <= at_top <= (norm[counted] >= largest * (1 - 20 * SAME)).sum()
@@ -215,7 +216,7 @@ def test_a_trace_is_small_however_long_the_run() -> None:
         torch.save(take_in(Trace(NAMES, NUMELS), points, squares_of(points), 50).state_dict(), file)
         return len(file.getvalue())
 
-    assert size(5000) < size(1000) * 1.2 < 200_000
+    assert size(5000) < size(1000) * 1.2 < 220_000
 
 
 @settings(max_examples=150, deadline=None)
@@ -359,7 +360,7 @@ def test_a_fit_of_the_same_parameters_goes_on_with_the_shares_and_learns_their_s
 
 COLUMNS = len(dataclasses.fields(Summary))
 BINS = torch.ones(3, COLUMNS, dtype=torch.float64)
-POINT = (1, 0, 1, 1, 2.0, 1.0, 2.0, 1.0, 0.0)
+POINT = (1, 0, 1, 1, 2.0, 1.0, 2.0, 1.0, 0.0, 3.0, 0.5)
 SPIKE = (POINT, 2.0, (("scale", 1.0),))
 SPIKES = [
     "missing",
@@ -375,7 +376,7 @@ SPIKES = [
     [("1" * 9, *SPIKE[1:])],
 ]
 SPIKES += [
-    [(POINT[:8], *SPIKE[1:])],
+    [(POINT[:9], *SPIKE[1:])],
     [((*POINT, 1.0), *SPIKE[1:])],
     [((1.0, *POINT[1:]), *SPIKE[1:])],
     [(POINT, "2", ())],

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
-from helpers import Net, loader, norm_of, trainer
+from helpers import Net, by_percentile, loader, norm_of, trainer
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
@@ -64,7 +64,7 @@ def fit(model: Net, loggers: Any, *callbacks: Any, bad: dict[int, float] | None 
     data = loader(n=64, scales=[(bad or {}).get(i // 4, 1.0) for i in range(64)])
     checkpoint = options.pop("ckpt_path", None)
     run = trainer(
-        AutoClip(50, window=WINDOW, **clip), *callbacks, logger=loggers, **{"log_every_n_steps": 5, **options}
+        by_percentile(50, window=WINDOW, **clip), *callbacks, logger=loggers, **{"log_every_n_steps": 5, **options}
     )
     run.fit(model, data, ckpt_path=checkpoint)
     return run
@@ -222,7 +222,7 @@ def test_a_healthy_run_sends_no_alert_and_a_spike_one(
     tmp_path: Path, server: Server, poisons: dict[int, float], task: str, algorithm: str, percentile: int
 ) -> None:
     """Of how far a norm is above a threshold, which is low where the percentile is, an alert knows nothing."""
-    clipping = AutoClip(percentile, gradient_clip_algorithm=algorithm, alert_above=5)
+    clipping = by_percentile(percentile, gradient_clip_algorithm=algorithm, alert_above=5)
     data = poisoned(poisons, TASKS[task][1])
     train(clipping, task, "Adam", 2e-3, data=data, epochs=3, shuffle=not poisons, logger=online(tmp_path))
     received(server)

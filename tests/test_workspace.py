@@ -24,7 +24,7 @@ OPTIMIZERS = pytest.mark.parametrize(
 )
 METRICS = [
     *(["grad_norm", "threshold"], ["grad_norm_max", "threshold"], ["clipped_fraction"]),
-    *(["clip_coef_mean", "clip_coef_min"], ["nonfinite_total"]),
+    *(["clip_coef_mean", "clip_coef_min"], ["bounded_fraction"], ["update_ratio"], ["nonfinite_total"]),
 ]
 
 
@@ -46,7 +46,9 @@ def logged(name: str) -> list[str]:
     """The keys that the rows of an optimizer hold."""
     trace = Trace()
     trace.follow(["net.0.weight", "net.2.weight"], [32, 8])
-    return Recorder(f"autoclip/{name}", layer_depth=2, trace=trace).keys
+    recorder = Recorder(f"autoclip/{name}", layer_depth=2, trace=trace)
+    recorder.max_update_ratio = 0.25
+    return recorder.keys
 
 
 @OPTIMIZERS
@@ -97,7 +99,7 @@ def test_what_is_saved_is_what_was_built(
     assert (view["entityName"], view["projectName"], view["type"]) == (ENTITY, "project", "project-view")
     assert view["displayName"] == "Gradient clipping"
     assert json.loads(view["spec"]) == spec_of(workspace)
-    assert len(configs(json.loads(view["spec"]))) == 6 * len(names) + 1
+    assert len(configs(json.loads(view["spec"]))) == 8 * len(names) + 1
     assert server.views[1]["id"] == "view-1"
 
 

@@ -21,16 +21,19 @@ from lightning_autoclip import GradientClipper, Percentile
 from lightning_autoclip.clipping import _numbers
 
 VIEWS = {"view", "slice", "select", "unbind", "detach", "alias", "as_strided", "expand", "unsqueeze", "t", "lift_fresh"}
-WARM = 12  # steps before the one that is counted, so that the window is full
-Rule = tuple[str, str, bool, str]  # name, algorithm, whether the optimizer is fused, what becomes of non-finite steps
+WARM = 16  # steps before the one that is counted: the window is full, and the weights are no longer measured each time
+# Name, algorithm, whether the optimizer is fused, what becomes of non-finite steps, `max_update_ratio`.
+Rule = tuple[str, str, bool, str, float | None]
 RULES: list[Rule] = [
-    (f"{algorithm}, {name}", algorithm, fused, nonfinite)
+    (f"{algorithm}, {name}{', bound by the weights' if ratio else ''}", algorithm, fused, nonfinite, ratio)
     for algorithm in ("norm", "value")
-    for name, fused, nonfinite in (
-        ("skip, ordinary, one read", False, "skip"),
-        ("skip, fused", True, "skip"),
-        ("ignore", False, "ignore"),
-        ("raise, one read", False, "raise"),
+    for name, fused, nonfinite, ratio in (
+        ("skip, ordinary, one read", False, "skip", None),
+        ("skip, fused", True, "skip", None),
+        ("ignore", False, "ignore", None),
+        ("raise, one read", False, "raise", None),
+        ("skip, ordinary, one read", False, "skip", 0.05),
+        ("skip, fused", True, "skip", 0.05),
     )
 ]
 
@@ -51,7 +54,7 @@ class Operations(TorchDispatchMode):
 
 def optimizer_of(count: int, fused: bool) -> Optimizer:
     parameters = [nn.Parameter(torch.zeros(4)) for _ in range(count)]
-    return SGD(parameters, lr=0.0, fused=fused)
+    return SGD(parameters, lr=1e-30, fused=fused)
 
 
 def set_gradients(optimizer: Optimizer, factor: float) -> None:
@@ -73,9 +76,10 @@ def operations(optimizer: Optimizer, clip: Callable[[], object], factor: float =
 
 def of_rule(rule: Rule, count: int, window: int | None = 10, factor: float = 5.0) -> Counter[str]:
     """The operations of one step of the library in the form that an accelerator takes."""
-    _, algorithm, fused, nonfinite = rule
+    _, algorithm, fused, nonfinite, ratio = rule
     optimizer = optimizer_of(count, fused)
-    clipper = GradientClipper(Percentile(50), gradient_clip_algorithm=algorithm, nonfinite=nonfinite, window=window)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"gradient_clip_algorithm": algorithm, "nonfinite": nonfinite}
+    clipper = GradientClipper(Percentile(50), window=window, max_update_ratio=ratio, **arguments)
     clipper.clipped_norm_every = 10**9  # by value: the step that is counted is one of the many without that measurement
     reads_are_free, _numbers.reads_are_free = _numbers.reads_are_free, lambda device: False
     try:

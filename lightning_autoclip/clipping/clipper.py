@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +14,9 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_autoclip.clipping import _numbers
 from lightning_autoclip.clipping._numbers import Number, constant, single
+from lightning_autoclip.clipping.bound import Rates, is_proportional
 from lightning_autoclip.clipping.gate import StepGate
-from lightning_autoclip.clipping.gradients import (
-    Gradients,
-    Numbers,
-    Shard,
-    are_shared,
-    at,
-    clip_norm_,
-    clip_value_,
-    norm_of,
-)
+from lightning_autoclip.clipping.gradients import Gradients, Measured, Numbers, at, clip_norm_, clip_value_, norm_of
 from lightning_autoclip.clipping.optimizers import (
     NonFiniteGradientError,
     must_be_read,
@@ -35,32 +27,9 @@ from lightning_autoclip.clipping.optimizers import (
     unwrapped,
     wrapped_in,
 )
+from lightning_autoclip.clipping.shards import Shard, are_shared
+from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.clipping.threshold import Threshold
-
-
-class StepRecord(NamedTuple):
-    """What one step's clipping saw and did.
-
-    Every field is a float where the host knows it: of gradients on the CPU, and where a step had to be read. Else it is
-    a tensor of shape ``()``, float32, on their device, for which the host waits only when somebody reads it, as
-    ``float(record.norm)`` does.
-
-    Attributes:
-        norm: L2 norm of all gradients viewed as one vector, before clipping.
-        clipped_norm: The same after clipping; by value NaN at the steps at which it is not measured.
-        statistic: What was recorded and compared: the norm, or by value the root-mean-square entry, norm / √numel.
-        threshold: The threshold of this step, in units of ``statistic``; ``inf`` while nothing is clipped.
-        nonfinite_total: How many steps so far, this one included, had a NaN or an infinity in their gradient.
-        parameter_norms: L2 norm of each parameter's gradient before clipping, in the optimizer's order, 0 where there
-            is none: floats, or a tensor of shape ``(n,)``. ``None`` where nobody measured it.
-    """
-
-    norm: Number
-    clipped_norm: Number
-    statistic: Number
-    threshold: Number
-    nonfinite_total: Number
-    parameter_norms: Numbers | None = None
 
 
 class GradientClipper(Threshold):
@@ -79,6 +48,10 @@ class GradientClipper(Threshold):
         window: How many of the last steps the policy sees, at least 1; ``None`` for all of them.
         warmup_steps: The first so many steps are recorded, not clipped.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
+        max_update_ratio: No step moves a weight matrix by more than this part of its own L2 norm, above 0, for example
+            0.12: an upper bound of the norm after clipping, also used during the warm-up. It holds where the step is
+            proportional to the gradient, as that of SGD is, and counts what the momentum makes of it; other optimizers
+            (Adam and its kin) set the size of their steps themselves, and are clipped without it.
         nonfinite: What happens to a step whose gradient holds a NaN or an infinity. ``"skip"``: no weight moves (with
             a `GradScaler` it is the scaler that skips, and backs off). ``"raise"``: `NonFiniteGradientError`; with a
             `GradScaler` only once the scale is down to 1, since above it the overflow may be the scale's own.
@@ -103,6 +76,7 @@ class GradientClipper(Threshold):
     """
 
     _optimizer: weakref.ref[Any] | None = None
+    _is_bounded = False  # whether `max_update_ratio` can be had of the optimizer
 
     def clip_(
         self,
@@ -146,7 +120,7 @@ class GradientClipper(Threshold):
         is_read = self.nonfinite == "raise" or _numbers.reads_are_free(norm.device)
         number: Number = norm.item() if is_read else norm
         threshold = self.decide(number < math.inf, number)
-        record = StepRecord(number, _smaller(number, threshold), number, threshold, self._nonfinite)
+        record = StepRecord(number, _smaller(number, threshold), number, threshold, self._nonfinite, _unknown(number))
         if self.nonfinite == "raise" and loss_scale <= 1 and not math.isfinite(number):
             raise NonFiniteGradientError(f"The norm of the gradient is {float(number)}.", [], [record])
         return record
@@ -161,7 +135,7 @@ class GradientClipper(Threshold):
                 " norms would mix with the first one's. Use one `GradientClipper` per optimizer, or call `release()`"
                 " if this optimizer takes the other's place."
             )
-        self._optimizer = weakref.ref(optimizer)
+        self._optimizer, self._is_bounded = weakref.ref(optimizer), self.bound.is_on and is_proportional(optimizer)
 
     def release(self) -> None:
         """Forget the optimizer (not its record), so that the next :meth:`clip_` may be given another one."""
@@ -195,6 +169,11 @@ def clip_together_(
     """
     (first, _), parameters = clippers[0], parameters_of(target)
     optimizer = unwrapped(target) if hasattr(target, "param_groups") else None
+    if optimizer is None and first.bound.is_on:
+        raise ValueError(
+            "Expected `target` to be the optimizer beside `max_update_ratio`, which depends on its learning rate, but"
+            " got parameters. Pass the optimizer."
+        )
     gate = None if optimizer is None else _gate_of(optimizer, clippers, parameters, shards)
     scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
     if not (_have_gradients(parameters, None) or are_shared(parameters, shards)):
@@ -204,11 +183,19 @@ def clip_together_(
     read = not _numbers.reads_are_free(gradients.device) and must_be_read(
         first.nonfinite, optimizer, scaler is not None, gradients.shards is not None
     )
-    norms, numels = gradients.norms_and_numels(read, first.gradient_clip_algorithm == "value")
-    norm = norm_of(norms)
+    rates = Rates(optimizer) if first._is_bounded else None
+    measured = gradients.measure(
+        read,
+        numels=first.gradient_clip_algorithm == "value",
+        weights=rates is not None and _are_weighed(clippers, len(parameters)),
+        rates=rates.unread if rates is not None else (),
+    )
+    if rates is not None and read:
+        rates.read(measured.rates)
+    norm = norm_of(norms := measured.norms)
     is_finite = norm < math.inf
     records = [
-        _clip_part(clipper, positions, gradients, norms, numels, norm, is_finite)
+        _clip_part(clipper, positions, gradients, measured, rates, norm, is_finite)
         if _have_gradients(parameters, positions, gradients.shards is not None)
         else None
         for clipper, positions in clippers
@@ -257,29 +244,44 @@ def _have_gradients(
     return any(parameter.grad is not None for parameter in at(parameters, positions))
 
 
+def _are_weighed(clippers: Sequence[tuple[GradientClipper, Sequence[int] | None]], parameters: int) -> bool:
+    """Whether the weights of a group or more are to be measured."""
+    first, positions = clippers[0]
+    if positions is None:
+        return first.bound.weighs(first.steps + 1, parameters)
+    return any(clipper.bound.weighs(clipper.steps + 1, len(at)) for clipper, at in clippers if at is not None)
+
+
 def _clip_part(
     clipper: GradientClipper,
     positions: Sequence[int] | None,
     gradients: Gradients,
-    norms: Numbers,
-    numels: Numbers,
+    measured: Measured,
+    rates: Rates | None,
     norm: Number,
     is_finite: bool | Tensor,
 ) -> StepRecord:
     """Record, decide and clip for the parameters of one clipper."""
     tensors = gradients.tensors if positions is None else [gradients.tensors[position] for position in positions]
-    own_norms = at(norms, positions)
+    own_norms = at(measured.norms, positions)
     own = norm if positions is None else norm_of(own_norms)
+    max_norm = _unknown(own)
+    if rates is not None:
+        if len(measured.weights):
+            clipper.bound.weigh(at(measured.weights, positions), at(gradients.dims, positions))
+        max_norm = clipper.bound.max_norm(own, own_norms, rates, positions)
     # Nobody else is to see what a step that is left out would have been. What is applied as it is, is clipped by group.
     clips = own < math.inf if clipper.nonfinite == "ignore" and positions is not None else is_finite
     if clipper.gradient_clip_algorithm == "norm":
-        threshold = clipper.decide(is_finite, own)
+        threshold = clipper.decide(is_finite, own, math.inf if rates is None else max_norm)
         clip_norm_(tensors, own, threshold, clips)
-        return StepRecord(own, _smaller(own, threshold), own, threshold, clipper._nonfinite, own_norms)
-    statistic = _root_mean_square(own, at(numels, positions))
+        return StepRecord(own, _smaller(own, threshold), own, threshold, clipper._nonfinite, max_norm, own_norms)
+    statistic = _root_mean_square(own, at(measured.numels, positions))
     threshold = clipper.decide(is_finite, statistic)
     clip_value_(tensors, threshold, clips)
-    return StepRecord(own, _unknown(own), statistic, threshold, clipper._nonfinite, own_norms)
+    if rates is not None:
+        clip_norm_(tensors, own, max_norm, clips)  # what is left is no longer, and is shortened as much
+    return StepRecord(own, _unknown(own), statistic, threshold, clipper._nonfinite, max_norm, own_norms)
 
 
 def _with_clipped_norms(

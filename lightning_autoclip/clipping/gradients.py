@@ -1,9 +1,8 @@
-"""Measure and clip gradients: plain, sparse and complex ones, DTensors, flat shards."""
+"""Measure gradients and the weights that they are to move, and clip gradients."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
@@ -14,24 +13,41 @@ from torch import Tensor
 
 from lightning_autoclip.clipping import _numbers
 from lightning_autoclip.clipping._numbers import Number, constant, single
+from lightning_autoclip.clipping.shards import (
+    Shard,
+    are_shared,
+    dims_of,
+    gradient_of,
+    shard_of_gradient,
+    share_of_weights,
+    weights_of,
+)
 
 Numbers: TypeAlias = list[float] | Tensor
 """A number for each parameter: floats where the host knows them, else shape ``(n,)`` on the accelerator."""
 
+LEAST_ENTRY = 0.01
+"""Root-mean-square entry that a tensor of weights counts with at least: half of the smallest usual initial one. What
+starts at zero could never move otherwise, were no step to be larger than a part of its weights."""
+
 _LONGEST_SUM = 2**19  # entries; torch adds squares on the CPU one by one, and loses 1e-5 at twice as many
 
 
-class Shard(NamedTuple):
-    """What this process holds of a gradient.
+class Measured(NamedTuple):
+    """What was measured of some parameters, a number for each; floats where the host knows them.
 
     Attributes:
-        share: The number of distinct shards of the gradient divided by the number of processes, so that a sum of
-            ``share * square`` over all processes counts every entry once.
-        numel: Number of entries that are held here, where padding makes it differ from the gradient's own.
+        norms: L2 norms of the whole gradients, 0 where there is none.
+        numels: Numbers of entries of these gradients, absent ones of sparse gradients included.
+        weights: L2 norms of the whole parameters that are trained, 0 of others; none smaller than a root-mean-square
+            entry of `LEAST_ENTRY` would make it.
+        rates: Numbers of somebody else that were read in the same copy.
     """
 
-    share: float
-    numel: float | None = None
+    norms: Numbers
+    numels: Numbers
+    weights: Numbers
+    rates: list[float]
 
 
 class Gradients:
@@ -51,23 +67,13 @@ class Gradients:
     """
 
     def __init__(self, parameters: Sequence[Tensor], shards: Mapping[Tensor, Shard] | None = None) -> None:
-        dtensor, shared, first = _dtensor(), shards is not None, None
-        self._parameters = parameters
-        self.tensors: list[Tensor] = []
-        for parameter in parameters:
-            gradient, is_dtensor = parameter.grad, dtensor is not None and isinstance(parameter, dtensor)
-            shared = shared or is_dtensor
-            if gradient is None:
-                gradient = _nothing(parameter.dtype, parameter.device)
-            else:
-                if is_dtensor:
-                    gradient = _local(parameter)
-                elif gradient.layout is not torch.strided or gradient.is_complex() or gradient.is_neg():
-                    gradient = _plain(parameter)
-                first = gradient if first is None else first
-            self.tensors.append(gradient)
-        self.shards = [_shard(parameter, shards or {}) for parameter in parameters] if shared else None
-        self.device = (parameters[0] if first is None else first).device
+        self._parameters, self._given = parameters, shards or {}
+        self.tensors = [gradient_of(parameter) for parameter in parameters]
+        self.shards: list[Shard] | None = None
+        if are_shared(parameters, shards):
+            self.shards = [shard_of_gradient(parameter, self._given) for parameter in parameters]
+        pairs = zip(parameters, self.tensors, strict=True)
+        self.device = next((own.device for each, own in pairs if each.grad is not None), parameters[0].device)
 
     def norms(self, read: bool = False) -> Numbers:
         """L2 norm of each parameter's whole gradient, 0 where there is none.
@@ -79,36 +85,72 @@ class Gradients:
         Args:
             read: Have an accelerator's norms read by the host, in one copy for which it waits.
         """
-        return self.norms_and_numels(read, False)[0]
+        return self.measure(read).norms
 
-    def norms_and_numels(self, read: bool = False, numels: bool = True) -> tuple[Numbers, Numbers]:
-        """Do the same, and count the entries of each gradient, absent ones of sparse gradients included."""
-        dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in self.tensors} else torch.float32
-        is_free = _numbers.reads_are_free(self.device)
-        if is_free and max([tensor.numel() for tensor in self.tensors]) > _LONGEST_SUM:
-            norms = [_norm_by_parts(tensor, dtype) for tensor in self.tensors]
-        else:
-            norms = list(torch._foreach_norm(self.tensors, 2.0, dtype=dtype))
+    def measure(
+        self, read: bool = False, *, numels: bool = False, weights: bool = False, rates: Sequence[Tensor] = ()
+    ) -> Measured:
+        """Do the same, and measure what else is asked for, with no further collective and no further copy.
+
+        Args:
+            read: As in :meth:`norms`.
+            numels: Whether entries are counted.
+            weights: Whether the parameters are measured too: one more read of as many numbers.
+            rates: Numbers of shape ``()`` on the accelerator that the host is to have with the norms, if it reads them.
+        """
+        is_free, many = _numbers.reads_are_free(self.device), len(self.tensors)
+        found = self._norms_of(self.tensors)
+        if weights:
+            found += self._weights()
         if self.shards is None:
             counts: Numbers = self._held() if numels else []
             if is_free:
-                return [norm.item() for norm in norms], counts
-            stacked = torch.stack([norm.to(self.device, non_blocking=True) for norm in norms])
-            return stacked.tolist() if read else stacked, counts
-        sums = self._summed(torch.stack([norm.to(self.device, non_blocking=True) for norm in norms]), numels)
-        found: Any = sums.tolist() if read or is_free else sums
-        many = len(self.tensors)
-        return ([math.sqrt(x) for x in found[:many]] if read or is_free else sums[:many].sqrt()), found[many:]
+                known = [norm.item() for norm in found]
+                return Measured(known[:many], counts, known[many:], [])
+            stacked = self._stacked([*found, *(rates if read else ())])
+            if not read:
+                return Measured(stacked[:many], counts, stacked[many:], [])
+            known, last = stacked.tolist(), len(found)
+            return Measured(known[:many], counts, known[many:last], known[last:])
+        sums = self._summed(self._stacked(found), numels)
+        if not (read or is_free):
+            return Measured(sums[:many].sqrt(), sums[len(found) :], sums[many : len(found)].sqrt(), [])
+        known = (torch.cat((sums, self._stacked(rates).to(sums))) if rates else sums).tolist()
+        norms, counts = [math.sqrt(x) for x in known[: len(found)]], known[len(found) : sums.numel()]
+        return Measured(norms[:many], counts, norms[many:], known[sums.numel() :])
+
+    @property
+    def dims(self) -> list[int]:
+        """How many dimensions each parameter has."""
+        return [dims_of(parameter, self._given) for parameter in self._parameters]
+
+    def _stacked(self, numbers: Sequence[Tensor]) -> Tensor:
+        return torch.stack([number.to(self.device, non_blocking=True) for number in numbers])
+
+    def _norms_of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """L2 norm of each tensor, summed as `norms` says: of shape ``()``."""
+        dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else torch.float32
+        if _numbers.reads_are_free(self.device) and max([tensor.numel() for tensor in tensors]) > _LONGEST_SUM:
+            return [_norm_by_parts(tensor, dtype) for tensor in tensors]
+        return list(torch._foreach_norm(tensors, 2.0, dtype=dtype))
+
+    def _weights(self) -> list[Tensor]:
+        """L2 norm of what this process holds of each trained parameter, not below what `LEAST_ENTRY` makes of it."""
+        held = [weights_of(parameter) for parameter in self._parameters]
+        least = [LEAST_ENTRY * math.sqrt(tensor.numel()) for tensor in held]
+        return list(torch._foreach_clamp_min(self._norms_of(held), least))
 
     def _summed(self, norms: Tensor, numels: bool) -> Tensor:
-        """Squares over all processes, then counts of entries if they are asked for: shape ``(n,)`` or ``(2n,)``."""
+        """Squares over all processes, of gradients and, if they are there, of parameters; counts if asked for."""
         assert self.shards is not None
         if norms.device.type == "cpu":
             norms = norms.double()
-        shares = tuple(shard.share for shard in self.shards)
-        sums = norms.square() * _on_device(shares, norms.dtype, norms.device)
+        shares = [shard.share for shard in self.shards]
+        if len(norms) > len(shares):
+            shares += [share_of_weights(parameter, self._given) for parameter in self._parameters]
+        sums = norms.square() * on_device(tuple(shares), norms.dtype, norms.device)
         if numels:
-            sums = torch.cat((sums, _on_device(tuple(self._held()), norms.dtype, norms.device)))
+            sums = torch.cat((sums, on_device(tuple(self._held()), norms.dtype, norms.device)))
         if dist.get_backend() == "nccl":  # CPU offload: NCCL sums on GPUs only
             sums = sums.cuda()
         dist.all_reduce(sums)
@@ -126,12 +168,6 @@ class Gradients:
             shard.share * (numel if shard.numel is None else shard.numel)
             for shard, numel in zip(self.shards, numels, strict=True)
         ]
-
-
-def are_shared(parameters: Iterable[Tensor], shards: Mapping[Tensor, Shard] | None) -> bool:
-    """Whether processes share the gradients of some parameters: whether each has to take part in a sum."""
-    dtensor = _dtensor()
-    return shards is not None or (dtensor is not None and any(isinstance(each, dtensor) for each in parameters))
 
 
 def clip_norm_(tensors: list[Tensor], norm: Number, threshold: Number, is_finite: bool | Tensor) -> None:
@@ -192,7 +228,7 @@ def at(numbers: Any, positions: Sequence[int] | None) -> Any:
     if positions is None:
         return numbers
     if isinstance(numbers, Tensor):
-        return numbers.index_select(0, _on_device(tuple(positions), torch.int64, numbers.device))
+        return numbers.index_select(0, on_device(tuple(positions), torch.int64, numbers.device))
     return [numbers[position] for position in positions]
 
 
@@ -210,15 +246,9 @@ def _by_device(tensors: Iterable[Tensor], *scalars: Tensor) -> Iterable[tuple[li
 
 
 @lru_cache(maxsize=1024)  # an optimizer may have hundreds of groups
-def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """The same few lists at every step: copied to the device once."""
     return torch.tensor(values, dtype=dtype, device=device)
-
-
-@lru_cache(maxsize=64)
-def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What stands for a gradient that is not there; of the parameters' dtype, for calls that want one for all."""
-    return torch.empty(0, dtype=dtype if dtype.is_floating_point else torch.float32, device=device)
 
 
 def _norm_by_parts(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -230,47 +260,3 @@ def _norm_by_parts(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     parts = torch.split(rows, max(1, _LONGEST_SUM * len(rows) // rows.numel()))
     norms: list[Tensor] = list(torch._foreach_norm(parts, 2.0, dtype=dtype))
     return torch.linalg.vector_norm(torch.stack(norms))  # type: ignore[no-any-return]
-
-
-def _dtensor() -> type | None:
-    """The class DTensor if anybody has imported it, for `isinstance`; importing it takes a second."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return None if module is None else module.DTensor
-
-
-def _local(parameter: Any) -> Tensor:
-    """What this process holds of a DTensor's gradient.
-
-    Gradients that are still to be summed (sequence parallelism leaves such for replicated parameters) are summed here.
-    """
-    gradient = parameter.grad
-    if any(placement.is_partial() for placement in gradient.placements):
-        gradient = parameter.grad = gradient.redistribute(placements=parameter.placements)
-    local: Tensor = gradient.to_local()
-    if local.is_conj() or local.is_neg() or local.layout is not torch.strided:
-        raise TypeError("Expected gradients of DTensors to be dense and not lazily conjugated or negated.")
-    return torch.view_as_real(local) if local.is_complex() else local
-
-
-def _shard(parameter: Any, shards: Mapping[Tensor, Shard]) -> Shard:
-    """How much of a gradient this process holds: known of a DTensor by itself."""
-    gradient, world = parameter.grad, dist.get_world_size()
-    if gradient is None:
-        return Shard(0.0, 0.0)
-    if not hasattr(gradient, "placements"):
-        return shards.get(parameter, Shard(1 / world))
-    sizes = (gradient.device_mesh.size(i) for i, placement in enumerate(gradient.placements) if placement.is_shard())
-    return Shard(math.prod(sizes) / world, gradient.to_local().numel())
-
-
-def _plain(parameter: Tensor) -> Tensor:
-    """A gradient that is sparse, complex or lazily negated, as a real, dense tensor that shares its memory."""
-    gradient: Any = parameter.grad
-    if gradient.layout is torch.sparse_coo:
-        gradient = parameter.grad = gradient.coalesce()
-        gradient = gradient._values()
-    elif gradient.layout is not torch.strided:
-        raise TypeError(f"Expected dense or sparse COO gradients, but got one of layout {gradient.layout}.")
-    elif gradient.is_neg() or gradient.is_conj():
-        gradient = parameter.grad = gradient.resolve_conj().resolve_neg()
-    return torch.view_as_real(gradient) if gradient.is_complex() else gradient

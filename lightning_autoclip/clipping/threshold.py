@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_autoclip._checks import check_choice, check_integer, check_positive
 from lightning_autoclip.clipping._numbers import Number, constant, single
+from lightning_autoclip.clipping.bound import StepBound
 from lightning_autoclip.clipping.policies import Policy, threshold_of, threshold_on_device
 from lightning_autoclip.clipping.record import History
 
@@ -28,6 +29,7 @@ class Threshold:
         window: int | None = 100,
         warmup_steps: int = 0,
         max_threshold: float | None = None,
+        max_update_ratio: float | None = None,
         nonfinite: NonFinite = "skip",
     ) -> None:
         if not isinstance(policy, Policy):
@@ -38,6 +40,7 @@ class Threshold:
         self.nonfinite = check_choice("nonfinite", nonfinite, reactions)
         self.warmup_steps = check_integer("warmup_steps", warmup_steps, "an integer of at least 0", 0)
         self.max_threshold = math.inf if max_threshold is None else check_positive("max_threshold", max_threshold)
+        self.bound = StepBound(math.inf if max_update_ratio is None else max_update_ratio)
         self.history = History(window)
         self.steps = 0
         self.clipped_norm_every = 1  # steps, by value; the callback is content with a few per row
@@ -52,15 +55,17 @@ class Threshold:
             "window": self.history.window,
             "warmup_steps": self.warmup_steps,
             "max_threshold": self.max_threshold if self.max_threshold < math.inf else None,
+            "max_update_ratio": self.bound.ratio if self.bound.is_on else None,
             "nonfinite": self.nonfinite,
         }
 
-    def decide(self, is_finite: bool | Tensor, statistic: Number) -> Number:
+    def decide(self, is_finite: bool | Tensor, statistic: Number, most: Number = math.inf) -> Number:
         """Record the step and return its threshold.
 
         Args:
             is_finite: Whether the whole gradient is, of which this clipper may have a part: whether the step counts.
             statistic: Of this clipper's part: what is recorded.
+            most: What the threshold is not to exceed at this step, beside `max_threshold`; NaN is nothing.
         """
         self.steps += 1
         # A gradient of exactly zero moves nothing and tells no scale; enough of them (hinge losses, masked batches)
@@ -68,14 +73,16 @@ class Threshold:
         if isinstance(is_finite, Tensor) and isinstance(statistic, Tensor):
             self._nonfinite = is_finite.logical_not().to(torch.float32) + self._nonfinite
             self.history.record(statistic, is_finite & (statistic > 0))
-            most = constant(self.max_threshold, statistic.device)
+            limit_there = constant(self.max_threshold, statistic.device)
+            limit_there = torch.fmin(limit_there, most) if isinstance(most, Tensor) else limit_there
             if self.steps <= self.warmup_steps:
-                return most
-            return torch.fmin(threshold_on_device(self.policy, self.history, statistic.device), most)
+                return limit_there
+            return torch.fmin(threshold_on_device(self.policy, self.history, statistic.device), limit_there)
         self._nonfinite = float(self._nonfinite) + (not is_finite)
         if is_finite and statistic > 0:
             self.history.record(statistic)
         limit = single(self.max_threshold)
+        limit = float(most) if most < limit else limit
         if self.steps <= self.warmup_steps or not len(self.history):
             return limit
         threshold = threshold_of(self.policy, self.history)
@@ -109,6 +116,8 @@ class Threshold:
             "gradient_clip_algorithm": self.gradient_clip_algorithm,  # the unit of what is recorded
             "steps": self.steps,
             "nonfinite_total": self.nonfinite_total,
+            "until_measured": self._until_measured,
+            "weight_norms": self.bound.state_dict(),
             "history": self.history.state_dict(),
         }
 
@@ -122,13 +131,15 @@ class Threshold:
             ValueError: An entry is missing, damaged, or not one of this class, or the record is one of the other
                 ``gradient_clip_algorithm``, which has another unit.
         """
-        history = History(self.history.window)
+        history, bound = History(self.history.window), StepBound(self.bound.ratio)
         try:
             algorithm = check_choice(
                 "gradient_clip_algorithm", state_dict["gradient_clip_algorithm"], get_args(Algorithm)
             )
             steps = check_integer("steps", state_dict["steps"], "a count", 0)
             nonfinite_total = check_integer("nonfinite_total", state_dict["nonfinite_total"], "a count", 0)
+            until_measured = check_integer("until_measured", state_dict["until_measured"], "a count", 0)
+            bound.load_state_dict(state_dict["weight_norms"])
             history.load_state_dict(state_dict["history"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"The state of a `GradientClipper` is damaged or not one: {error!r}.") from error
@@ -139,4 +150,5 @@ class Threshold:
                 f"The state's record was made with gradient_clip_algorithm={algorithm!r}, whose thresholds have another"
                 f" unit than those of {self.gradient_clip_algorithm!r}. Go on with that one, or with an empty record."
             )
-        self.history, self.steps, self._nonfinite = history, steps, float(min(nonfinite_total, steps))
+        self.history, self.bound, self.steps = history, bound, steps
+        self._nonfinite, self._until_measured = float(min(nonfinite_total, steps)), until_measured

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_autoclip.clipping.clipper import StepRecord
+from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.monitoring.held import NOTHING, Held
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Trace, by_module, shares_of
@@ -32,6 +32,8 @@ class Recorder:
         trace: Takes in every step, for report and plot.
 
     Attributes:
+        max_update_ratio: The bound that the optimizer's steps have; ``None`` where they have none. With it the rows
+            also carry ``bounded_fraction`` and ``update_ratio``.
         held: The steps that wait for their row, as far as they are on the host.
     """
 
@@ -45,6 +47,7 @@ class Recorder:
     ) -> None:
         self.prefix, self.by_value, self.every_step, self.layer_depth = prefix, by_value, every_step, layer_depth
         self.trace = Trace() if trace is None else trace
+        self.max_update_ratio: float | None = None
         self._on_device: list[tuple[tuple[int, int, int, int], StepRecord]] = []  # or on the host, of the CPU
         self.held = Held()
         self._last_row: dict[str, float] | None = None
@@ -78,12 +81,12 @@ class Recorder:
             return
         places, records = zip(*self._on_device, strict=True)
         self._on_device = []
-        numbers: Any = [record[:5] for record in records]
+        numbers: Any = [record[:6] for record in records]
         norms: Any = [record.parameter_norms for record in records]
         if isinstance(records[0].norm, Tensor):
-            numbers = torch.stack([torch.stack(five) for five in numbers]).tolist()
+            numbers = torch.stack([torch.stack(six) for six in numbers]).tolist()
             norms = norms if norms[0] is None else torch.stack(norms).cpu()
-        points = [Point(*place, *five) for place, five in zip(places, numbers, strict=True)]
+        points = [self._point(place, six) for place, six in zip(places, numbers, strict=True)]
         squares = None if norms[0] is None else torch.as_tensor(norms, dtype=torch.float64, device="cpu").square()
         self.trace.extend(points, squares)
         for point in points:
@@ -91,6 +94,13 @@ class Recorder:
         if squares is not None and self.layer_depth:
             shares = shares_of(squares)
             self.held.add_shares(self.trace.names, shares.sum(0).tolist(), len(shares))
+
+    def _point(self, place: tuple[int, int, int, int], numbers: Sequence[float]) -> Point:
+        """A step with what only the host calculates: how far it would carry the weights."""
+        point = Point(*place, *numbers)
+        if self.max_update_ratio is None or not point.max_norm > 0:
+            return point
+        return point._replace(update_ratio=self.max_update_ratio * point.norm / point.max_norm)
 
     def follow(self, names: Sequence[str], numels: Sequence[int]) -> None:
         """Go on with these parameters, as `Trace.follow` says; the row that has begun goes on too."""
@@ -158,6 +168,8 @@ class Recorder:
         }
         if self.by_value:
             row["grad_rms"] = latest.statistic
+        if self.max_update_ratio is not None:
+            row |= {"bounded_fraction": summary.bounded_fraction, "update_ratio": summary.update_ratio}
         return {self.prefix + key: value for key, value in row.items()} | self._layers()
 
     def _layers(self) -> dict[str, float]:

@@ -28,12 +28,14 @@ class Section:
         figures: What clipping did.
         verdicts: What that may mean.
         measure: What the norms among the figures are: the ``"norm"``, or by value the ``"root-mean-square entry"``.
+        unbounded: Whether ``max_update_ratio`` was asked for, and the optimizer is none that it can be had of.
     """
 
     name: str
     figures: Figures
     verdicts: tuple[Verdict, ...]
     measure: str = "norm"
+    unbounded: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,9 @@ def report_of(traces: Mapping[str, Trace], settings: Mapping[str, Any], has_scal
         if trace.bins:
             figures = figures_of(trace, settings)
             measure = "norm" if settings["gradient_clip_algorithm"] == "norm" else "root-mean-square entry"
-            verdicts = tuple(verdicts_of(trace, figures, has_scaler))
-            sections.append(Section(prefix.strip("/"), figures, verdicts, measure))
+            verdicts = tuple(verdicts_of(trace, figures, settings, has_scaler))
+            unbounded = settings.get("max_update_ratio") is not None and math.isnan(figures.bounded_fraction)
+            sections.append(Section(prefix.strip("/"), figures, verdicts, measure, unbounded))
     return Report(tuple(sections))
 
 
@@ -123,10 +126,18 @@ def _lines(section: Section) -> Iterator[str]:
     text = (
         f"{section.name}: {figures.steps:,} steps{clipped}; typical {section.measure} {figures.norm_first:.3g} in the"
         " first tenth,"
-        f" {figures.norm_last:.3g} in the last, threshold {figures.threshold:.3g}."
+        f" {figures.norm_last:.3g} in the last, threshold {figures.threshold:.3g}{_bound(section)}."
     )
     yield fill(text + ("" if section.verdicts else f" {_nothing(figures)}."), _WIDTH, subsequent_indent="  ")
     yield from (fill(f"  - {verdict}", _WIDTH, subsequent_indent="    ") for verdict in section.verdicts)
+
+
+def _bound(section: Section) -> str:
+    """What to say of the bound relative to the weights."""
+    share = section.figures.bounded_fraction
+    if section.unbounded:
+        return "; no bound by the weights with this optimizer"
+    return f"; {share:.1%} of the steps bounded by the weights" if share > 0 else ""
 
 
 def _markdown(section: Section) -> Iterator[str]:

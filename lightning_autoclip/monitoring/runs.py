@@ -25,6 +25,7 @@ _UNKNOWN: dict[str, Any] = {
     "policy": {"name": "unknown"},
     "gradient_clip_algorithm": "norm",
     "max_threshold": None,
+    "max_update_ratio": None,
     "warmup_steps": 0,
 }
 Row = Mapping[str, float]
@@ -186,6 +187,9 @@ def _bin(row: Row, prefix: str, before: float, step: float, nonfinite: float) ->
     unit = _unit(row, prefix)
     summary.total, summary.logs = finite * mean, finite * math.log(mean * unit)
     summary.largest = row[f"{prefix}grad_norm_max"] * unit  # of the smallest, a row does not tell
+    if (update := row.get(f"{prefix}update_ratio", math.nan)) > 0:
+        summary.weighed, summary.updates = finite, finite * math.log(update)
+        summary.bounded = finite * row.get(f"{prefix}bounded_fraction", 0.0)
     coef, least = (row.get(f"{prefix}clip_coef_{key}", math.nan) for key in ("mean", "min"))
     if coef == coef:
         summary.measured, summary.clipped = finite, finite * row[f"{prefix}clipped_fraction"]

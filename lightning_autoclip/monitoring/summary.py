@@ -18,7 +18,9 @@ class Point(NamedTuple):
         epoch: From 0; -1 where nobody knows it, as of logged rows.
         first_batch: Index of the first batch of its accumulation window.
         last_batch: Index of the last one.
-        norm: As the other fields, what `StepRecord` says.
+        norm: As the following fields, what `StepRecord` says.
+        update_ratio: By what part of its norm the gradient, unless clipped, moves the weight matrix that it moves most;
+            NaN where that is not known or has no bound.
     """
 
     step: int
@@ -30,6 +32,14 @@ class Point(NamedTuple):
     statistic: float
     threshold: float
     nonfinite_total: float
+    max_norm: float = math.nan
+    update_ratio: float = math.nan
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether ``max_update_ratio`` shortened the step, rather than the threshold that the policy set."""
+        by_value = self.statistic != self.norm  # thresholds are of entries then
+        return self.norm > self.max_norm and (by_value or self.threshold >= self.max_norm)
 
     @property
     def finite(self) -> bool:
@@ -75,6 +85,10 @@ class Summary:
         coef_min: The smallest of the factors; 1 if there is none.
         top: The largest norm, to within the part `SAME` of it; 0 if there is none.
         at_top: How many norms are that number, to within the same.
+        weighed: At how many steps ``max_update_ratio`` was at work.
+        bounded: At how many of these it shortened the step.
+        updates: Sum of the natural logarithms of their update ratios, as `Point` has them.
+        excess: Sum, over the steps that it shortened, of the logarithms of how many times the bound they exceeded.
     """
 
     first: float = math.nan
@@ -93,6 +107,10 @@ class Summary:
     coef_min: float = 1.0
     top: float = 0.0
     at_top: float = 0.0
+    weighed: float = 0.0
+    bounded: float = 0.0
+    updates: float = 0.0
+    excess: float = 0.0
 
     @classmethod
     def of(cls, point: Point) -> Summary:
@@ -112,6 +130,10 @@ class Summary:
             summary.zero = 1.0
         if not math.isnan(coef := point.clip_coef):
             summary.measured, summary.clipped, summary.coefs, summary.coef_min = 1.0, float(coef < 1), coef, coef
+        if 0 < point.update_ratio < math.inf:
+            summary.weighed, summary.bounded = 1.0, float(point.is_bounded)
+            summary.updates = math.log(point.update_ratio)
+            summary.excess = math.log(point.norm / point.max_norm) if point.is_bounded else 0.0
         return summary
 
     @classmethod
@@ -144,6 +166,10 @@ class Summary:
         if later.coef_min < self.coef_min:
             self.coef_min = later.coef_min
         self.note_top(later.top, later.at_top)
+        self.weighed += later.weighed
+        self.bounded += later.bounded
+        self.updates += later.updates
+        self.excess += later.excess
 
     def note_top(self, norm: float, count: float = 1.0) -> None:
         """Compare so many norms of one number, which is nothing if it is 0, with the largest one so far."""
@@ -177,6 +203,21 @@ class Summary:
     def clipped_fraction(self) -> float:
         """Share of the steps that clipping changed, of those at which that is known; NaN if it is of none."""
         return self.clipped / self.measured if self.measured else math.nan
+
+    @property
+    def bounded_fraction(self) -> float:
+        """Share of the steps that ``max_update_ratio`` shortened; NaN where it was at work in none."""
+        return self.bounded / self.weighed if self.weighed else math.nan
+
+    @property
+    def bound_excess(self) -> float:
+        """Geometric mean of how many times ``max_update_ratio`` the steps exceeded that it shortened; NaN if none."""
+        return math.exp(self.excess / self.bounded) if self.bounded else math.nan
+
+    @property
+    def update_ratio(self) -> float:
+        """Geometric mean of the steps' own, as `Point` has them; NaN likewise."""
+        return math.exp(self.updates / self.weighed) if self.weighed else math.nan
 
     @property
     def clip_coef_mean(self) -> float:

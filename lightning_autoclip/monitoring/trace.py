@@ -155,7 +155,7 @@ class Trace:
             trace = cls(state["names"], state["numels"])
             trace.bins = [Summary(*row) for row in state["bins"].tolist()]
             trace.largest, trace.nonfinite = (
-                [Spike(Point(*point), times, parameters) for point, times, parameters in state[key]]
+                [Spike(Point._make(point), times, parameters) for point, times, parameters in state[key]]
                 for key in ("largest", "nonfinite")
             )
             trace._width, trace._share_steps = state["width"], state["share_steps"]

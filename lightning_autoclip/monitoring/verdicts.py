@@ -23,6 +23,7 @@ LOW_COEF = 0.1  # mean factor on the step
 AT_TOP = 0.1  # of the finite steps, to within `SAME` at one norm that is the largest ...
 LEAST_AT_TOP = 5  # ... and so many of them
 OVERFLOWS = 0.01  # of the steps, with a loss scaler
+LEANS = 1 / 3  # of the steps, on `max_update_ratio`
 _START = 5  # bins (of one step each in a short run): the first steps
 _LAYERS = 99  # names deep: each layer by itself
 
@@ -64,6 +65,11 @@ class Figures:
         norm_last: Of the last tenth.
         norm_max: The largest.
         threshold: The last one.
+        bounded_fraction: Share of the steps that `max_update_ratio` shortened; NaN where it was not at work.
+        update_ratio: By what part of its norm the gradients, unless clipped, would typically (geometric mean) have
+            moved the weight matrix that they move most; NaN likewise.
+        bound_excess: How many times that bound the steps typically exceeded that it shortened; NaN if none, and 1 of
+            logged rows, which do not tell.
         modules: Mean share of each module in the squared norm, two names deep, largest first.
     """
 
@@ -79,6 +85,9 @@ class Figures:
     norm_last: float
     norm_max: float
     threshold: float
+    bounded_fraction: float
+    update_ratio: float
+    bound_excess: float
     modules: dict[str, float]
 
 
@@ -87,11 +96,12 @@ def figures_of(trace: Trace, settings: Mapping[str, Any]) -> Figures:
     run = Summary.merged(trace.bins)
     modules, percentile = by_module(trace.shares, depth=2), _percentile(settings)
     after_warm_up = max(1 - settings["warmup_steps"] / run.steps, 0.0)
+    expected = math.nan if run.bounded else (1 - percentile / 100) * after_warm_up  # another bound clips too
     return Figures(
         steps=int(run.steps),
         nonfinite=int(run.nonfinite),
         clipped_fraction=run.clipped_fraction,
-        expected_fraction=(1 - percentile / 100) * after_warm_up,
+        expected_fraction=expected,
         percentile=percentile,
         clip_coef_mean=run.clip_coef_mean,
         clip_coef_min=run.coef_min,
@@ -100,6 +110,9 @@ def figures_of(trace: Trace, settings: Mapping[str, Any]) -> Figures:
         norm_last=_part(trace, 0.9, 1.0).typical,
         norm_max=run.largest,
         threshold=math.inf if math.isnan(run.threshold) else run.threshold,
+        bounded_fraction=run.bounded_fraction,
+        update_ratio=run.update_ratio,
+        bound_excess=run.bound_excess,
         modules=dict(sorted(modules.items(), key=lambda item: -item[1])),
     )
 
@@ -119,12 +132,13 @@ def _part(trace: Trace, start: float, end: float) -> Summary:
     return Summary.merged(bins[first : max(first + 1, math.ceil(end * len(bins)))])
 
 
-def verdicts_of(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
+def verdicts_of(trace: Trace, figures: Figures, settings: Mapping[str, Any], has_scaler: bool) -> Iterator[Verdict]:
     """What the figures may mean; with a loss scaler, some overflows mean nothing."""
     yield from _of_nonfinite(trace, figures, has_scaler)
     yield from _of_clipping_before(Summary.merged(trace.bins))
     if figures.steps < LEAST_STEPS:
         return
+    yield from _of_bound(figures, settings)
     yield from _of_growth(trace, figures)
     yield from _of_decline(trace, figures)
     yield from _of_spikes(trace)
@@ -154,6 +168,19 @@ def _of_clipping_before(run: Summary) -> Iterator[Verdict]:
             f"{run.at_top:.0f} of {run.norms:.0f} norms were the same number, {run.top:.5g}, and none was larger.",
             "Something clips or normalises the gradient before this callback does (the module, a package, another"
             " callback), or the gradient is constant: the threshold then follows that number. Clip in one place only.",
+        )
+
+
+def _of_bound(figures: Figures, settings: Mapping[str, Any]) -> Iterator[Verdict]:
+    ratio = settings.get("max_update_ratio")
+    if ratio and figures.bounded_fraction > LEANS:
+        times = figures.bound_excess
+        yield Verdict(
+            "learning rate too high",
+            f"at {figures.bounded_fraction:.0%} of the steps the gradient would have moved a weight matrix by more than"
+            f" `max_update_ratio={ratio:g}` of its norm"
+            + (f", typically by {times * ratio:.2g}." if times > 1 else "."),
+            "Lower the learning rate" + (f", by {times:.1f} times or more," if times > 1 else "") + " or warm it up.",
         )
 
 
@@ -210,7 +237,7 @@ def _of_spikes(trace: Trace) -> Iterator[Verdict]:
 
 
 def _of_clipping(figures: Figures) -> Iterator[Verdict]:
-    if figures.clip_coef_mean < LOW_COEF:
+    if figures.clip_coef_mean < LOW_COEF and not figures.bounded_fraction > LEANS:  # which says more
         yield Verdict(
             "steps cut to a fraction",
             f"clipping multiplied the gradient by {figures.clip_coef_mean:.2g} on average.",

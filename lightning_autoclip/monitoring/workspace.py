@@ -14,6 +14,8 @@ _PANELS: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("Largest gradient norm", ("grad_norm_max", "threshold"), {"log_y": True}),
     ("Steps that were clipped", ("clipped_fraction",), {"range_y": (0.0, 1.0)}),
     ("Factor on the gradient", ("clip_coef_mean", "clip_coef_min"), {"range_y": (0.0, 1.0)}),
+    ("Steps bounded by the weights, with SGD", ("bounded_fraction",), {"range_y": (0.0, 1.0)}),
+    ("Update of the weights before clipping, with SGD", ("update_ratio",), {"log_y": True}),
     ("Non-finite steps so far", ("nonfinite_total",), {}),
 ]
 
