@@ -74,11 +74,21 @@ def test_the_page_shows_the_tables_of_the_recorded_figures(name):
     assert shown[1] == tables(read_summary(DOCS / "study.csv"))[name]
 
 
+@pytest.mark.parametrize("name", ["new rules", "new tasks", "leaning"])
+def test_the_page_shows_the_tables_of_new_ground(name):
+    from _new_ground import tables
+    from _report import read_summary
+
+    shown = re.search(rf"<!-- {name} -->\n\n(.*?)\n\n<!-- end -->", (DOCS / "study.md").read_text(), re.DOTALL)
+    assert shown
+    assert shown[1] == tables(read_summary(DOCS / "new-ground.csv"))[name]
+
+
 @pytest.mark.parametrize("page", ["choosing.md", "study.md"])
 def test_figures_in_tables_by_task_are_those_of_the_study(page):
     from _report import read_summary
 
-    summary = read_summary(DOCS / "study.csv")
+    summary = read_summary(DOCS / "study.csv") | read_summary(DOCS / "new-ground.csv")
     tables = re.findall(r"^\| (regret|factor) \|(.*)\n\|[-| ]+\n((?:\|.*\n)+)", (DOCS / page).read_text(), re.MULTILINE)
     assert tables or page != "choosing.md"
     for figure, rules, lines in tables:
@@ -104,6 +114,28 @@ def test_the_recorded_study_is_whole():
         assert {rule: figures["seeds"] for rule, figures in summary[task].items()} == dict.fromkeys(
             RULES, 3 * TASKS[task].repeats
         )
+
+
+def test_the_recorded_study_of_new_ground_is_whole():
+    """Three seeds of every rule on every task at every rate."""
+    from _report import read_summary
+    from _tasks import TASKS
+    from study import OF_GROUP
+
+    summary = read_summary(DOCS / "new-ground.csv")
+    for task in (task for task in TASKS if TASKS[task].group in ("new", "further")):
+        seeds = {rule: figures["seeds"] for rule, figures in summary[task].items()}
+        assert seeds == dict.fromkeys(OF_GROUP[TASKS[task].group], 3)
+
+
+def test_with_adam_a_rule_that_is_bounded_is_the_rule_without_the_bound():
+    from study import RULES, TASKS, planned, train
+
+    planned_rules = {rule for name, rule, *_ in planned(1, False, 5) if name == "lstm, Adam"}
+    assert planned_rules == {rule for rule in RULES if " r0." not in rule}
+    bounded, plain = (train(("lstm, Adam", rule, 0, 5))["error"] for rule in ("norm p50 r0.25", "norm p50"))
+    assert bounded == plain
+    assert not TASKS["lstm, Adam"].is_sgd
 
 
 NEW = ("resnet BN, SGD", "resnet LN, Nesterov", "regression, SGD without momentum", "deep mlp, SGD of momentum 0.99",

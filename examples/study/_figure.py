@@ -8,6 +8,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from _rules import DEFAULT
 from _tasks import TASKS
 
 _WITHIN = 5.0  # percent of the best: as good
@@ -15,7 +16,8 @@ _LEAST, _MOST = -10.0, 1000.0  # percent, of the axis
 _OURS, _OTHERS, _HOT = "#1f77b4", "#9a9a9a", "#d62728"
 
 
-_RULES = ("none", "fixed norm 0.1", "fixed norm 1", "norm p10", "norm p25", "norm p50", "norm p90", "norm p10 full",
+_RULES = ("none", "fixed norm 0.1", "fixed norm 1", "norm p10", "norm p25", "norm p50", DEFAULT, "norm p50 r0.12",
+          "norm p90", "norm p10 full",
           "2 x median", "z-score 2.5", "ZClip", "value p10", "both p10 x 3")  # fmt: skip
 
 

@@ -7,20 +7,24 @@ import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from _figure import draw
-from _rules import RULES
+from _rules import BOUNDED, DEFAULT, RULES
 from _tasks import TASKS
 
 # By rule, of one task: its figures. Errors are means over the seeds, regrets how far these lie above the error of the
 # best fixed threshold, in percent, and `standard_error` is that of the regret, from seeds that the two share.
 Figures = dict[str, float]
 Summary = dict[str, dict[str, Figures]]
-COLUMNS = ("seeds", "error", "regret", "standard_error", "clipped", "factor", "si_sdr", "si_sdr_error")
-SHOWN = ("none", "fixed norm 0.1", "fixed norm 1", "norm p10", "norm p25", "norm p50", "norm p90", "norm p10 full",
+COLUMNS = ("seeds", "error", "regret", "standard_error", "clipped", "factor", "si_sdr", "si_sdr_error", "bounded",
+           "update")  # fmt: skip
+SHOWN = ("none", "fixed norm 0.1", "fixed norm 1", "norm p10", "norm p25", "norm p50", DEFAULT, "norm p50 r0.12",
+         "norm p90", "norm p10 full",
          "value p10", "both p10 x 3")  # fmt: skip
 HALVES = ("choose", "report")
+MEANS = ("clipped", "factor", "si_sdr", "bounded", "update")
 
 
 def summarise(rows: Path) -> Summary:
@@ -28,9 +32,16 @@ def summarise(rows: Path) -> Summary:
     runs: dict[str, dict[str, dict[int, dict[str, float]]]] = defaultdict(lambda: defaultdict(dict))
     with rows.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            figures = {name: float(row[name]) for name in ("error", "si_sdr", "clipped", "factor") if row[name]}
+            figures = {name: float(row[name]) for name in ("error", *MEANS) if row.get(name, "")}
             runs[row["task"]][row["rule"]][int(row["seed"])] = figures
-    return {task: _of_task(runs[task]) for task in TASKS if task in runs}
+    return {task: _of_task(_with_bounded(task, runs[task])) for task in TASKS if task in runs}
+
+
+def _with_bounded(task: str, rules: dict[str, Any]) -> dict[str, Any]:
+    """The rules with those that are bounded by the weights, which without SGD are the same trainings as without."""
+    if TASKS[task].is_sgd:
+        return rules
+    return rules | {rule: rules[plain] for rule in BOUNDED if (plain := rule.rpartition(" ")[0]) in rules}
 
 
 def _of_task(rules: dict[str, dict[int, dict[str, float]]]) -> dict[str, Figures]:
@@ -38,8 +49,8 @@ def _of_task(rules: dict[str, dict[int, dict[str, float]]]) -> dict[str, Figures
     summary: dict[str, Figures] = {}
     for rule, seeds in rules.items():
         figures = summary[rule] = {"seeds": len(seeds)}
-        for name in ("error", "clipped", "factor", "si_sdr"):
-            values = [run[name] for run in seeds.values() if name in run]
+        for name in ("error", *MEANS):
+            values = [run[name] for run in seeds.values() if not math.isnan(run.get(name, math.nan)) or name == "error"]
             if values:
                 figures[name] = float(np.mean(values)) if np.isfinite(values).all() else math.inf
             if name == "si_sdr" and len(values) > 1:
@@ -91,8 +102,13 @@ def publish(out: Path, docs: Path) -> None:
     """Take summary, figure and tables over into the documentation."""
     write_summary(summary := read_summary(out / "summary.csv"), docs / "study.csv")
     shutil.copy(out / "study.png", docs / "study.png")
+    show_tables(docs, tables(summary))
+
+
+def show_tables(docs: Path, shown: dict[str, str]) -> None:
+    """Put tables where the page has the comments that name them."""
     page = (docs / "study.md").read_text(encoding="utf-8")
-    for name, table in tables(summary).items():
+    for name, table in shown.items():
         page = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)", rf"\1\n{table}\n\n\2", page, flags=re.DOTALL)
     (docs / "study.md").write_text(page, encoding="utf-8")
 
@@ -119,13 +135,14 @@ def regrets(summary: Summary, rule: str) -> list[float]:
 
 
 def reading(summary: Summary) -> str:
-    """What the figures say of percentile 10, and of the rule that the first half would have chosen."""
+    """What the figures say of the default, of percentile 10, and of the rule that the first half would choose."""
     sane = {task: rules for task, rules in summary.items() if not TASKS[task].hot}
     first, held_out = in_group(summary, "choose"), in_group(summary, "report")
     adaptive = [rule for rule in RULES if not rule.startswith(("none", "fixed")) and regrets(summary, rule)]
-    lines = [f"- {name}: worst regret {_signed(max(regrets(tasks, 'norm p10')))}, mean"
-             f" {_signed(np.mean(regrets(tasks, 'norm p10')))}, of {len(tasks)} tasks."
-             for name, tasks in (("norm p10 on all tasks", summary), ("norm p10 at sane rates", sane))]  # fmt: skip
+    lines = [f"- {rule} on {name}: worst regret {_signed(max(regrets(tasks, rule)))}, mean"
+             f" {_signed(np.mean(regrets(tasks, rule)))}, of {len(tasks)} tasks."
+             for name, tasks in (("all tasks", summary), ("sane rates", sane))
+             for rule in (DEFAULT, "norm p10")]  # fmt: skip
     for name, tasks in (("all tasks", summary), ("sane rates", sane)):
         best = min(adaptive, key=lambda rule: max(regrets(tasks, rule)))
         lines.append(
@@ -135,11 +152,11 @@ def reading(summary: Summary) -> str:
         chosen = min(adaptive, key=lambda rule: max(regrets(first, rule)))
         lines.append(
             f"- Chosen by its worst regret on the first half: {chosen}, {_signed(max(regrets(first, chosen)))};"
-            f" on the held-out half {_signed(max(regrets(held_out, chosen)))} (norm p10:"
-            f" {_signed(max(regrets(first, 'norm p10')))} and {_signed(max(regrets(held_out, 'norm p10')))})."
+            f" on the held-out half {_signed(max(regrets(held_out, chosen)))} ({DEFAULT}:"
+            f" {_signed(max(regrets(first, DEFAULT)))} and {_signed(max(regrets(held_out, DEFAULT)))})."
         )
-    errors = [rules["norm p10"].get("standard_error", math.nan) for rules in summary.values()]
-    lines.append(f"- Standard error of one task's regret (norm p10): {np.mean(errors):.1f} % on average.")
+    errors = [rules[DEFAULT].get("standard_error", math.nan) for rules in summary.values()]
+    lines.append(f"- Standard error of one task's regret ({DEFAULT}): {np.mean(errors):.1f} % on average.")
     return "\n".join(lines)
 
 
@@ -150,12 +167,12 @@ def rule_table(summary: Summary) -> str:
     rows = []
     for rule in (rule for rule in RULES if regrets(summary, rule)):
         every = regrets(summary, rule)
-        quarters = " to ".join(_percent(float(np.percentile(np.minimum(every, 1e9), q))) for q in (25, 75))
-        row = [rule, _percent(max(every)), _percent(np.mean(every)), _percent(np.median(every)), quarters]
-        rows.append([*row, *[_percent(f(regrets(part, rule))) for part in parts for f in (max, np.mean)]])
+        quarters = " to ".join(percent(float(np.percentile(np.minimum(every, 1e9), q))) for q in (25, 75))
+        row = [rule, percent(max(every)), percent(np.mean(every)), percent(np.median(every)), quarters]
+        rows.append([*row, *[percent(f(regrets(part, rule))) for part in parts for f in (max, np.mean)]])
     head = ["rule", "worst", "mean", "median", "quartiles", "sane: worst", "mean", "first half: worst", "mean",
             "held out: worst", "mean"]  # fmt: skip
-    return _table(head[: 5 + 2 * len(parts)], rows)
+    return as_table(head[: 5 + 2 * len(parts)], rows)
 
 
 def task_table(summary: Summary) -> str:
@@ -168,9 +185,9 @@ def task_table(summary: Summary) -> str:
         for figures in (rules.get(rule, {}) for rule in shown):
             spread = figures.get("standard_error", 0.0)
             plus = f" ± {spread:.1f}" if 0.05 <= spread < 1000 else ""
-            row.append(_percent(figures["regret"]) + plus if figures else "")
+            row.append(percent(figures["regret"]) + plus if figures else "")
         rows.append(row)
-    return _table(["task", "rate", "best fixed", "its error", *shown], rows)
+    return as_table(["task", "rate", "best fixed", "its error", *shown], rows)
 
 
 def by_task(summary: Summary, divide: bool = False) -> str:
@@ -184,7 +201,7 @@ def by_task(summary: Summary, divide: bool = False) -> str:
         for rule in rules
         if all(rule in of_task for of_task in summary.values())
     ]
-    return _table(["rule", *summary], rows)
+    return as_table(["rule", *summary], rows)
 
 
 def paper_table(summary: Summary) -> str:
@@ -196,23 +213,23 @@ def paper_table(summary: Summary) -> str:
             plus = f" ± {figures['si_sdr_error']:.2f}" if "si_sdr_error" in figures else ""
             row.append(f"{figures['si_sdr']:.2f}{plus}" if "si_sdr" in figures else "")
         rows.append(row)
-    return _table(["rule", *[task.removeprefix("paper ") for task in summary]], rows) if rows else ""
+    return as_table(["rule", *[task.removeprefix("paper ") for task in summary]], rows) if rows else ""
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
     if not value < 1e4:
         return "diverged"
     return f"{value:.1f}" if abs(value) < 99.5 else f"{value:.0f}"
 
 
 def _signed(value: float) -> str:
-    percent = _percent(value)
-    return percent if percent == "diverged" else f"{percent} %"
+    shown = percent(value)
+    return shown if shown == "diverged" else f"{shown} %"
 
 
 def _number(value: float) -> str:

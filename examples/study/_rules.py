@@ -193,7 +193,7 @@ def by_callback(gradient_clip_algorithm: str, gradient_clip_val: float) -> dict[
 
 
 def ours(*args: Any, **kwargs: Any) -> dict[str, Any]:
-    return {"callbacks": [AutoClip(*args, verbose=False, **kwargs)]}
+    return {"callbacks": [AutoClip(*args, verbose=False, **{"max_update_ratio": None, **kwargs})]}
 
 
 def candidate(kind: type[Candidate], *args: Any) -> dict[str, Any]:
@@ -211,6 +211,11 @@ OURS |= {
     "norm p10 x 1.5": partial(ours, 10, multiplier=1.5),
     "norm p50 x 0.7": partial(ours, 50, multiplier=0.7),
     "z-score 2.5": lambda: {"callbacks": [GradientClipping(ZScore(2.5), verbose=False)]},
+}
+
+# A percentile, and beside it a bound on the step relative to the weights, where the optimizer is SGD.
+BOUNDED: dict[str, Callable[[], dict[str, Any]]] = {
+    f"norm p{p} r{r:g}": partial(ours, p, max_update_ratio=r) for p, r in ((50, 0.25), (50, 0.12))
 }
 
 PUBLISHED: dict[str, Callable[[], dict[str, Any]]] = {
@@ -232,6 +237,7 @@ CANDIDATES |= {
     "per tensor p10": partial(candidate, PerTensor, 10),
 }
 
-RULES = BASELINES | OURS | PUBLISHED | CANDIDATES
+RULES = BASELINES | OURS | BOUNDED | PUBLISHED | CANDIDATES
+DEFAULT = "norm p50 r0.25"
 TABLE = {f"norm p{p}": partial(ours, p) for p in (0, 1, 10, 25, 50, 90, 100)}
 TABLE |= {f"norm p{p} full": partial(ours, p, window=None) for p in (0, 1, 10, 25, 50, 90)}

@@ -31,7 +31,8 @@ class Task:
         steps: Optimizer steps.
         group: Where the task counts: ``"choose"`` (a rule may be chosen by it), ``"report"`` (held out),
             ``"scale"`` (loss scaled, learning rate divided alike), ``"rate"`` (tolerance to the learning rate),
-            ``"paper"`` (its table in miniature) or ``"new"`` (new ground, see `NEW_TASKS`).
+            ``"paper"`` (its table in miniature), ``"new"`` (new ground, see `NEW_TASKS`) or ``"further"`` (likewise,
+            rates of the figure alone).
         hot: Whether the learning rate is four times the tuned one or more.
         loss_scale: What the loss is multiplied by.
         bad: Probability of a bad batch.
@@ -40,6 +41,9 @@ class Task:
         repeats: How many times as many seeds as others: small models are noisier, and cheap.
         factor: Of new ground, how many times the tuned learning rate it is.
         warmup: Share of the steps in which the learning rate rises, along a line, before it falls.
+
+    Attributes:
+        is_sgd: Whether a bound on the step relative to the weights can hold.
     """
 
     problem: Callable[[], Problem]
@@ -55,6 +59,10 @@ class Task:
     repeats: int = 1
     factor: float = 1.0
     warmup: float = 0.0
+
+    @property
+    def is_sgd(self) -> bool:
+        return getattr(self.optimizer, "func", self.optimizer) is torch.optim.SGD
 
 
 sgd = partial(torch.optim.SGD, momentum=0.9)
@@ -110,8 +118,11 @@ NEW_TASKS = {
     "GAN, SGD without momentum": Task(game, torch.optim.SGD, 0.2, 400, "new"),
     "fine-tuning in groups, SGD": Task(fine_tuning, sgd, 0.4, 300, "new"),
 }
+FACTORS = {"1/4": 0.25, "1": 1.0, "4": 4.0, "16": 16.0}
+FURTHER = {"1/100": 0.01, "1/20": 0.05, "100": 100.0}  # of the figure, for three rules
 TASKS |= {
-    f"{name}, x{label}": replace(task, lr=factor * task.lr, factor=factor, hot=factor > 1)
+    f"{name}, x{label}": replace(task, lr=factor * task.lr, factor=factor, hot=factor > 1, group=group)
+    for group, factors in (("new", FACTORS), ("further", FURTHER))
     for name, task in NEW_TASKS.items()
-    for label, factor in (("1/4", 0.25), ("1", 1.0), ("4", 4.0), ("16", 16.0))
+    for label, factor in factors.items()
 }

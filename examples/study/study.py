@@ -14,6 +14,7 @@ import logging
 import math
 import multiprocessing
 import os
+import shutil
 import time
 import warnings
 import zlib
@@ -23,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _new_ground import draw_rates
+from _new_ground import tables as new_tables
 from _problems import Batch, Problem, si_sdr_improvement
-from _report import publish, summarise, write_report, write_summary
-from _rules import RULES, TABLE, Candidates, by_callback
+from _report import publish, read_summary, show_tables, summarise, write_report, write_summary
+from _rules import BOUNDED, DEFAULT, RULES, TABLE, Candidates, by_callback
 from _tasks import TASKS, Task
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
@@ -35,16 +38,19 @@ from torch.utils.data import DataLoader
 from lightning_autoclip import GradientClipping
 
 SCALE_RULES = ("none", *(name for name in RULES if name.startswith("fixed")), "norm p10", "norm p25", "norm p50",
-               "norm p90", "value p10", "value p50", "both p10 x 3")  # fmt: skip
+               "norm p90", "value p10", "value p50", "both p10 x 3", DEFAULT, "norm p50 r0.12")  # fmt: skip
 RATE_RULES = ("none", "fixed norm 0.1", "fixed norm 1", "norm p10", "norm p25", "norm p90", "value p10", "value p50",
-              "both p10 x 3")  # fmt: skip
+              "both p10 x 3", "norm p50", DEFAULT, "norm p50 r0.12")  # fmt: skip
 QUICK_TASKS = ("lstm, SGD, hot", "mlp, SGD, bad batches", "conv, SGD", "mlp, SGD, hot", "autoencoder, SGD, hot")
 QUICK_RULES = ("none", "fixed norm 0.1", "fixed norm 1", "fixed value 0.01", "norm p10", "norm p50", "norm p90",
-               "value p10", "both p10 x 3", "norm p10 full", "2 x median", "ZClip")  # fmt: skip
+               "value p10", "both p10 x 3", "norm p10 full", "2 x median", "ZClip", DEFAULT)  # fmt: skip
 NEW_RULES = ("none", *(name for name in RULES if name.startswith("fixed norm")), "fixed value 0.001",
              "fixed value 0.01", "fixed value 0.1", "fixed value 1", "norm p10", "norm p25", "norm p50", "norm p90",
-             "AGC 0.01")  # fmt: skip
-COLUMNS = ("task", "rule", "seed", "steps", "error", "si_sdr", "clipped", "factor", "seconds")
+             "AGC 0.01", *BOUNDED)  # fmt: skip
+NEW = ("new", "further")
+OF_GROUP = {"scale": SCALE_RULES, "rate": RATE_RULES, "paper": tuple(TABLE), "new": NEW_RULES,
+            "further": ("none", "fixed norm 1", DEFAULT)}  # fmt: skip
+COLUMNS = ("task", "rule", "seed", "steps", "error", "si_sdr", "clipped", "factor", "bounded", "update", "seconds")
 
 Run = tuple[str, str, int, int]  # task, rule, seed, steps
 
@@ -136,6 +142,8 @@ def train(run: Run) -> dict[str, Any]:
             figures = [section.figures for section in callback.report().sections]
             row["clipped"] = sum(each.clipped_fraction for each in figures) / len(figures)
             row["factor"] = sum(each.clip_coef_mean for each in figures) / len(figures)
+            row["bounded"] = sum(each.bounded_fraction for each in figures) / len(figures)
+            row["update"] = sum(each.update_ratio for each in figures) / len(figures)
         elif isinstance(callback, Candidates):
             factors = [factor for candidate in callback.rules.values() for factor in candidate.factors]
             row["factor"] = sum(factors) / max(1, len(factors))
@@ -153,13 +161,14 @@ def planned(seeds: int, quick: bool, steps: int | None, new: bool = False) -> It
     """Every training, the first seed of all before the second of any."""
     for round_ in range(seeds):
         for name, task in TASKS.items():
-            if new != (task.group == "new") or (quick and name not in QUICK_TASKS):
+            if new != (task.group in NEW) or (quick and name not in QUICK_TASKS):
                 continue
-            rules = {"scale": SCALE_RULES, "rate": RATE_RULES, "paper": TABLE, "new": NEW_RULES}.get(task.group, RULES)
+            rules = QUICK_RULES if quick else OF_GROUP.get(task.group, RULES)
             repeats = 1 if quick else task.repeats
             for seed in range(round_ * repeats, (round_ + 1) * repeats):
-                for rule in QUICK_RULES if quick else rules:
-                    yield name, rule, seed, steps or task.steps
+                for rule in rules:
+                    if task.is_sgd or rule not in BOUNDED:  # else the training is that without the bound
+                        yield name, rule, seed, steps or task.steps
 
 
 def finished(path: Path) -> set[Run]:
@@ -191,6 +200,13 @@ def main() -> None:
         path = args.out / "new.csv"
         train_all(list(planned(seeds, False, args.steps, new=True)), path, args.processes)
         write_summary(summarise(path), args.out / "new-summary.csv")
+        summary = read_summary(args.out / "new-summary.csv")
+        print("\n\n".join(new_tables(summary).values()))
+        draw_rates(summary, args.out / "rates.png")
+        if args.docs:
+            shutil.copy(args.out / "new-summary.csv", args.docs / "new-ground.csv")
+            shutil.copy(args.out / "rates.png", args.docs / "rates.png")
+            show_tables(args.docs, new_tables(summary))
 
 
 def train_all(runs: list[Run], path: Path, processes: int) -> None:
