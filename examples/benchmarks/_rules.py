@@ -68,6 +68,7 @@ def rules() -> dict[str, Callable[[], Arguments]]:
     for algorithm in ("norm", "value"):
         for percentile in (10, 50, 90):
             found[f"ours, {algorithm}, p{percentile}"] = lambda p=percentile, a=algorithm: {
-                "callbacks": [AutoClip(p, gradient_clip_algorithm=a, verbose=False)]
+                "callbacks": [AutoClip(p, gradient_clip_algorithm=a, max_update_ratio=None, verbose=False)]
             }
+    found["ours, norm, p50, bound by the weights"] = lambda: {"callbacks": [AutoClip(verbose=False)]}
     return found
