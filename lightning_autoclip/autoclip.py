@@ -25,9 +25,11 @@ class AutoClip(GradientClipping):
             the percentile is one of the root-mean-square entry.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``, as the Trainer's own argument.
         window: How many of the last optimizer steps count, at least 1; ``None`` for all of them, as in the paper.
-        warmup_steps: The first so many steps are recorded, not clipped.
+        warmup_steps: The first so many steps are recorded, and clipped at most by the two bounds that follow.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
-        max_update_ratio: No step of SGD moves a weight matrix by more than this part of its norm: `GradientClipper`.
+        max_update_ratio: No step of SGD moves a weight matrix by more than this part of its norm, above 0; see
+            `GradientClipper`. ``"auto"``: 0.25, or none with ``percentile=100``, which only observes. ``None``: no such
+            bound. With Adam and its kin there is none either.
         nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``; see `GradientClipper`.
         groups: Groups of parameters that each have a record and a threshold of their own: ``"param_groups"`` for those
             of the optimizer, or patterns of parameter names by the group's name, such as ``{"encoder": "encoder.*"}``.

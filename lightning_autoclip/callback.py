@@ -52,7 +52,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         policy: From recorded norms to a threshold: `Percentile`, `ZScore`, `Constant`, or a `Policy` of your own.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``, as the Trainer's own argument.
         window: How many of the last optimizer steps the policy sees, at least 1; ``None`` for all of them.
-        warmup_steps: The first so many steps are recorded, not clipped.
+        warmup_steps: The first so many steps are recorded, and clipped at most by the two bounds that follow.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
         max_update_ratio: No step of SGD moves a weight matrix by more than this part of its norm: `GradientClipper`.
         nonfinite: What happens to a step whose gradient holds a NaN or an infinity: ``"skip"``, ``"raise"`` or

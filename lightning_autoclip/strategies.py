@@ -259,9 +259,10 @@ def _fsdp_shards(root: nn.Module) -> dict[Tensor, Shard]:
         share, flat = count / dist.get_world_size(), handle.flat_param
         if handle._use_orig_params:
             pairs = zip(flat._params or (), flat._shapes, strict=True)
-            shards |= {parameter: Shard(share, dims=len(shape)) for parameter, shape in pairs}
+            shards |= {parameter: Shard(share, shape=shape) for parameter, shape in pairs}
         else:
-            shards[flat] = Shard(share, flat._unpadded_unsharded_size.numel() / count)
+            whole = flat._unpadded_unsharded_size
+            shards[flat] = Shard(share, whole.numel() / count, whole)
     if any(parameter not in shards for parameter in root.parameters()):
         rank_zero_warn(
             "FSDP leaves some parameters alone (`ignored_modules`). Nothing averages their gradients over the ranks, so"

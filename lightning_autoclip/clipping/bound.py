@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from inspect import unwrap
 from operator import mul
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import SGD
 
 from lightning_autoclip._checks import check_positive
 from lightning_autoclip.clipping import _numbers
@@ -16,24 +18,30 @@ from lightning_autoclip.clipping._numbers import Number, constant, single
 from lightning_autoclip.clipping.gradients import Numbers, at, on_device
 from lightning_autoclip.clipping.optimizers import wrapped_in
 
-_PROPORTIONAL = ("SGD", "FusedSGD", "SGDW")  # torch, Apex and DeepSpeed, timm
+_PROPORTIONAL = ("FusedSGD", "SGDW")  # Apex and DeepSpeed, timm; beside torch's SGD
 _EACH = 16  # so many first steps measure the weights, and later one step of so many
 _LEAST_LEFT = 1e-3  # of 1 - momentum
+_LEAST_OF_INITIAL = 0.1  # of the rate that a schedule was made with: what is small now may be multiplied by that soon
 
 
 def is_proportional(optimizer: Any) -> bool:
-    """Whether a gradient twice as large makes the optimizer, or the one that it wraps, take a step twice as long."""
-    return any(base.__name__ in _PROPORTIONAL for base in type(wrapped_in(optimizer)[-1]).__mro__)
+    """Whether a gradient twice as large makes the optimizer, or the one that it wraps, take a step twice as long.
+
+    A subclass of torch's SGD counts as long as its step is that of SGD.
+    """
+    kind = type(wrapped_in(optimizer)[-1])
+    return kind.__name__ in _PROPORTIONAL or (issubclass(kind, SGD) and unwrap(kind.step) is unwrap(SGD.step))
 
 
 class Rates:
     """How far an optimizer moves a weight per unit of a gradient that stays as it is, in each of its groups.
 
-    The learning rate times (1 - dampening) / (1 - momentum), with or without Nesterov's variant: what a gradient adds
-    to the momentum buffer comes to so much over the steps that follow.
+    The learning rate times (1 - dampening) / (1 - momentum), at least times 1, with or without Nesterov's variant: what
+    a gradient adds to the momentum buffer comes to so much over the steps that follow, unless the rate rises.
 
     Args:
-        optimizer: The optimizer that is about to step.
+        optimizer: The optimizer that makes the step.
+        parameters: Of the optimizer that is measured, which may wrap it: the same ones, maybe in another order.
 
     Attributes:
         of_groups: By the number of the group.
@@ -41,10 +49,11 @@ class Rates:
         common: That of all groups; ``None`` if they differ, or if the host cannot tell.
     """
 
-    __slots__ = ("_groups", "common", "of_groups", "unread")
+    __slots__ = ("_groups", "_parameters", "common", "of_groups", "unread")
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, parameters: Sequence[Tensor]) -> None:
         self._groups = groups = optimizer.param_groups
+        self._parameters = parameters
         self._take([_rate(group) for group in groups] if len(groups) > 1 else [_rate(groups[0])])
 
     def _take(self, rates: list[Number]) -> None:
@@ -85,19 +94,23 @@ class Rates:
         for number, group in enumerate(self._groups):
             for key in map(id, group["params"]):
                 found.setdefault(key, number)
-        return list(found.values())
+        return [found[id(parameter)] for parameter in self._parameters]
 
 
 def _rate(group: dict[str, Any]) -> Number:
     rate, momentum, gain = group["lr"], group.get("momentum"), 1.0
+    least = 0.0
     if momentum:
         left = 1 - momentum
-        gain = (1 - group.get("dampening", 0.0)) / (left if left > _LEAST_LEFT else _LEAST_LEFT)
+        gain = max((1 - group.get("dampening", 0.0)) / (left if left > _LEAST_LEFT else _LEAST_LEFT), 1.0)
+        initial = group.get("initial_lr", 0.0)  # which schedulers leave here
+        least = _LEAST_OF_INITIAL * initial if type(initial) is float else 0.0
     if type(rate) is not float and isinstance(rate, Tensor):
         if not _numbers.reads_are_free(rate.device):
-            return rate.detach().reshape(()).to(torch.float32) * gain
+            return rate.detach().reshape(()).to(torch.float32).abs() * gain
         rate = rate.item()
-    return float(abs(rate) * gain)
+    rate = abs(rate)
+    return float((rate if rate > least else least) * gain)
 
 
 class StepBound:
@@ -119,6 +132,7 @@ class StepBound:
 
     def forget(self) -> None:
         """Have the weights measured anew."""
+        self._trained: tuple[bool, ...] | None = None
         self._set([])
 
     def _set(self, weights: Numbers) -> None:
@@ -130,23 +144,26 @@ class StepBound:
         """Whether there is one."""
         return self.ratio < math.inf
 
-    def weighs(self, step: int, parameters: int) -> bool:
+    def weighs(self, step: int, parameters: int, trained: tuple[bool, ...]) -> bool:
         """Whether the weights are to be measured at a step, counted from 1; from one to the next they change little.
 
         Args:
             step: The step.
             parameters: How many there are.
+            trained: Which parameters of the optimizer are: others than before are measured at once.
         """
-        return step <= _EACH or step % _EACH == 0 or len(self._weights) != parameters
+        before, self._trained = self._trained, trained
+        is_new = len(self._weights) != parameters or (before is not None and before != trained)
+        return step <= _EACH or step % _EACH == 0 or is_new
 
     def weigh(self, weights: Numbers, dims: Sequence[int]) -> None:
         """Take the norms of the parameters.
 
         Args:
             weights: 0 of what does not count at all.
-            dims: The number of dimensions of each.
+            dims: The number of dimensions of each; -1 of what does not count.
         """
-        least = 1 if max(dims, default=0) > 1 else 0
+        least = 1 if max(dims, default=0) > 1 else -1
         if isinstance(weights, Tensor):
             others = on_device(tuple(0.0 if dim > least else math.inf for dim in dims), weights.dtype, weights.device)
             weights = torch.where(weights > 0, weights + others, constant(math.inf, weights.device, weights.dtype))

@@ -46,12 +46,12 @@ class GradientClipper(Threshold):
         gradient_clip_algorithm: ``"norm"`` scales the whole gradient so that its L2 norm is at most the threshold;
             ``"value"`` records the root-mean-square entry and clamps each entry to ``[-threshold, threshold]``.
         window: How many of the last steps the policy sees, at least 1; ``None`` for all of them.
-        warmup_steps: The first so many steps are recorded, not clipped.
+        warmup_steps: The first so many steps are recorded, and clipped at most by the two bounds that follow.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
         max_update_ratio: No step moves a weight matrix by more than this part of its own L2 norm, above 0, for example
             0.12: an upper bound of the norm after clipping, also used during the warm-up. It holds where the step is
-            proportional to the gradient, as that of SGD is, and counts what the momentum makes of it; other optimizers
-            (Adam and its kin) set the size of their steps themselves, and are clipped without it.
+            proportional to the gradient, as that of SGD is, and counts what the momentum makes of it, but not weight
+            decay; other optimizers (Adam and its kin) set their steps' size themselves, and are clipped without it.
         nonfinite: What happens to a step whose gradient holds a NaN or an infinity. ``"skip"``: no weight moves (with
             a `GradScaler` it is the scaler that skips, and backs off). ``"raise"``: `NonFiniteGradientError`; with a
             `GradScaler` only once the scale is down to 1, since above it the overflow may be the scale's own.
@@ -76,7 +76,7 @@ class GradientClipper(Threshold):
     """
 
     _optimizer: weakref.ref[Any] | None = None
-    _is_bounded = False  # whether `max_update_ratio` can be had of the optimizer
+    _stepping: weakref.ref[Any] | None = None  # what makes the step, it or one in it, if `max_update_ratio` can be had
 
     def clip_(
         self,
@@ -135,14 +135,17 @@ class GradientClipper(Threshold):
                 " norms would mix with the first one's. Use one `GradientClipper` per optimizer, or call `release()`"
                 " if this optimizer takes the other's place."
             )
-        self._optimizer, self._is_bounded = weakref.ref(optimizer), self.bound.is_on and is_proportional(optimizer)
+        self._optimizer, is_bounded = weakref.ref(optimizer), self.bound.is_on and is_proportional(optimizer)
+        self._stepping = weakref.ref(wrapped_in(optimizer)[-1]) if is_bounded else None
 
     def release(self) -> None:
         """Forget the optimizer (not its record), so that the next :meth:`clip_` may be given another one."""
+        if self._optimizer is not None:  # the weights of others; a state that was loaded has those of this one
+            self.bound.forget()
         self._optimizer = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizer": None}  # a weak reference does not pickle
+        return {**self.__dict__, "_optimizer": None, "_stepping": None}  # a weak reference does not pickle
 
 
 @torch.no_grad()
@@ -183,11 +186,12 @@ def clip_together_(
     read = not _numbers.reads_are_free(gradients.device) and must_be_read(
         first.nonfinite, optimizer, scaler is not None, gradients.shards is not None
     )
-    rates = Rates(optimizer) if first._is_bounded else None
+    stepping = None if first._stepping is None else first._stepping()
+    rates = None if stepping is None else Rates(stepping, parameters)
     measured = gradients.measure(
         read,
         numels=first.gradient_clip_algorithm == "value",
-        weights=rates is not None and _are_weighed(clippers, len(parameters)),
+        weights=rates is not None and _are_weighed(clippers, parameters),
         rates=rates.unread if rates is not None else (),
     )
     if rates is not None and read:
@@ -244,12 +248,16 @@ def _have_gradients(
     return any(parameter.grad is not None for parameter in at(parameters, positions))
 
 
-def _are_weighed(clippers: Sequence[tuple[GradientClipper, Sequence[int] | None]], parameters: int) -> bool:
+def _are_weighed(
+    clippers: Sequence[tuple[GradientClipper, Sequence[int] | None]], parameters: Sequence[Tensor]
+) -> bool:
     """Whether the weights of a group or more are to be measured."""
-    first, positions = clippers[0]
-    if positions is None:
-        return first.bound.weighs(first.steps + 1, parameters)
-    return any(clipper.bound.weighs(clipper.steps + 1, len(at)) for clipper, at in clippers if at is not None)
+    trained = tuple([parameter.requires_grad for parameter in parameters])
+    due = [
+        clipper.bound.weighs(clipper.steps + 1, len(parameters if own is None else own), trained)
+        for clipper, own in clippers
+    ]
+    return any(due)
 
 
 def _clip_part(

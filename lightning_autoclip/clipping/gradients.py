@@ -16,8 +16,8 @@ from lightning_autoclip.clipping._numbers import Number, constant, single
 from lightning_autoclip.clipping.shards import (
     Shard,
     are_shared,
-    dims_of,
     gradient_of,
+    shape_of,
     shard_of_gradient,
     share_of_weights,
     weights_of,
@@ -101,28 +101,32 @@ class Gradients:
         is_free, many = _numbers.reads_are_free(self.device), len(self.tensors)
         found = self._norms_of(self.tensors)
         if weights:
-            found += self._weights()
+            found += self._norms_of([weights_of(parameter) for parameter in self._parameters])
         if self.shards is None:
             counts: Numbers = self._held() if numels else []
             if is_free:
                 known = [norm.item() for norm in found]
-                return Measured(known[:many], counts, known[many:], [])
+                return Measured(known[:many], counts, self._floored(known[many:]), [])
             stacked = self._stacked([*found, *(rates if read else ())])
             if not read:
-                return Measured(stacked[:many], counts, stacked[many:], [])
+                return Measured(stacked[:many], counts, self._floored(stacked[many:]), [])
             known, last = stacked.tolist(), len(found)
-            return Measured(known[:many], counts, known[many:last], known[last:])
+            return Measured(known[:many], counts, self._floored(known[many:last]), known[last:])
         sums = self._summed(self._stacked(found), numels)
         if not (read or is_free):
-            return Measured(sums[:many].sqrt(), sums[len(found) :], sums[many : len(found)].sqrt(), [])
+            weighed = self._floored(sums[many : len(found)].sqrt())
+            return Measured(sums[:many].sqrt(), sums[len(found) :], weighed, [])
         known = (torch.cat((sums, self._stacked(rates).to(sums))) if rates else sums).tolist()
         norms, counts = [math.sqrt(x) for x in known[: len(found)]], known[len(found) : sums.numel()]
-        return Measured(norms[:many], counts, norms[many:], known[sums.numel() :])
+        return Measured(norms[:many], counts, self._floored(norms[many:]), known[sums.numel() :])
 
     @property
     def dims(self) -> list[int]:
         """How many dimensions each parameter has."""
-        return [dims_of(parameter, self._given) for parameter in self._parameters]
+        return [-1 if shape is None else len(shape) for shape in self._shapes()]
+
+    def _shapes(self) -> list[torch.Size | None]:
+        return [shape_of(parameter, self._given) for parameter in self._parameters]
 
     def _stacked(self, numbers: Sequence[Tensor]) -> Tensor:
         return torch.stack([number.to(self.device, non_blocking=True) for number in numbers])
@@ -134,11 +138,14 @@ class Gradients:
             return [_norm_by_parts(tensor, dtype) for tensor in tensors]
         return list(torch._foreach_norm(tensors, 2.0, dtype=dtype))
 
-    def _weights(self) -> list[Tensor]:
-        """L2 norm of what this process holds of each trained parameter, not below what `LEAST_ENTRY` makes of it."""
-        held = [weights_of(parameter) for parameter in self._parameters]
-        least = [LEAST_ENTRY * math.sqrt(tensor.numel()) for tensor in held]
-        return list(torch._foreach_clamp_min(self._norms_of(held), least))
+    def _floored(self, weights: Numbers) -> Numbers:
+        """Norms of the parameters, if they were measured, not below what `LEAST_ENTRY` makes of the trained ones."""
+        if not len(weights):
+            return weights
+        least = [0.0 if shape is None else LEAST_ENTRY * math.sqrt(shape.numel()) for shape in self._shapes()]
+        if isinstance(weights, Tensor):
+            return torch.maximum(weights, on_device(tuple(least), weights.dtype, weights.device))
+        return [most if most > norm else norm for norm, most in zip(weights, least, strict=True)]
 
     def _summed(self, norms: Tensor, numels: bool) -> Tensor:
         """Squares over all processes, of gradients and, if they are there, of parameters; counts if asked for."""

@@ -21,12 +21,12 @@ class Shard(NamedTuple):
         share: The number of distinct shards of the gradient divided by the number of processes, so that a sum of
             ``share * square`` over all processes counts every entry once.
         numel: Number of entries that are held here, where padding makes it differ from the gradient's own.
-        dims: The number of dimensions of the whole, where what is held has others.
+        shape: That of the whole, where what is held has another.
     """
 
     share: float
     numel: float | None = None
-    dims: int | None = None
+    shape: torch.Size | None = None
 
 
 def dtensor_class() -> type | None:
@@ -58,12 +58,13 @@ def share_of_weights(parameter: Any, shards: Mapping[Tensor, Shard]) -> float:
     return shards[parameter].share if parameter in shards else 1 / dist.get_world_size()
 
 
-def dims_of(parameter: Tensor, shards: Mapping[Tensor, Shard]) -> int:
-    """The number of dimensions of the whole parameter; 0 of one that is not trained or not there yet."""
+def shape_of(parameter: Tensor, shards: Mapping[Tensor, Shard]) -> torch.Size | None:
+    """The shape of the whole parameter; `None` of one that is not trained, not there yet, or empty."""
     if not parameter.requires_grad or is_lazy(parameter):
-        return 0
-    dims = shards[parameter].dims if parameter in shards else None
-    return parameter.dim() if dims is None else dims
+        return None
+    given = shards[parameter].shape if parameter in shards else None
+    shape = parameter.shape if given is None else given
+    return shape if shape.numel() else None
 
 
 def _share_of_dtensor(tensor: Any) -> float:
@@ -82,7 +83,7 @@ def weights_of(parameter: Any) -> Tensor:
     if not parameter.requires_grad or is_lazy(parameter):
         return nothing(parameter.dtype, parameter.device)
     held: Tensor = (parameter.to_local() if hasattr(parameter, "placements") else parameter).detach()
-    return torch.view_as_real(held) if held.is_complex() else held
+    return torch.view_as_real(held.resolve_conj()) if held.is_complex() else held
 
 
 def gradient_of(parameter: Any) -> Tensor:

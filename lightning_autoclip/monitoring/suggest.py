@@ -49,8 +49,8 @@ def candidates(
 
 
 def recommended(found: Mapping[tuple[float, int | None], Summary]) -> tuple[float, int | None]:
-    """The lowest percentile of at least 10 over 100 steps that leaves the steps most of their length."""
-    eligible = [setting for setting in found if setting[1] == 100 and setting[0] >= 10] or list(found)
+    """The lowest percentile of at least 50 over 100 steps that leaves the steps most of their length."""
+    eligible = [setting for setting in found if setting[1] == 100 and setting[0] >= 50] or list(found)
     return next((setting for setting in eligible if found[setting].clip_coef_mean >= LEAST_FACTOR), eligible[-1])
 
 
@@ -68,5 +68,6 @@ def table(found: Mapping[tuple[float, int | None], Summary]) -> str:
         f"Start with AutoClip(percentile={percentile:g}, window={window}): its mean factor on the step is"
         f" {found[percentile, window].clip_coef_mean:.2f}.",
         "By that factor it lowers the learning rate of SGD; Adam hardly minds. A lower percentile guards more.",
+        "How far the weights bound the steps of SGD (`max_update_ratio`) this table does not tell.",
     ]
     return "\n".join(lines)

@@ -206,8 +206,8 @@ class Summary:
 
     @property
     def bounded_fraction(self) -> float:
-        """Share of the steps that ``max_update_ratio`` shortened; NaN where it was at work in none."""
-        return self.bounded / self.weighed if self.weighed else math.nan
+        """Share of the finite steps that ``max_update_ratio`` shortened; NaN where it was at work in none."""
+        return self.bounded / self.finite if self.weighed else math.nan
 
     @property
     def bound_excess(self) -> float:

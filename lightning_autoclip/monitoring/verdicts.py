@@ -138,11 +138,13 @@ def verdicts_of(trace: Trace, figures: Figures, settings: Mapping[str, Any], has
     yield from _of_clipping_before(Summary.merged(trace.bins))
     if figures.steps < LEAST_STEPS:
         return
-    yield from _of_bound(figures, settings)
+    verdict_of_bound = list(_of_bound(figures))
+    yield from verdict_of_bound
     yield from _of_growth(trace, figures)
     yield from _of_decline(trace, figures)
     yield from _of_spikes(trace)
-    yield from _of_clipping(figures)
+    if not verdict_of_bound:  # which says more
+        yield from _of_clipping(figures)
     yield from _of_layers(trace)
 
 
@@ -171,16 +173,15 @@ def _of_clipping_before(run: Summary) -> Iterator[Verdict]:
         )
 
 
-def _of_bound(figures: Figures, settings: Mapping[str, Any]) -> Iterator[Verdict]:
-    ratio = settings.get("max_update_ratio")
-    if ratio and figures.bounded_fraction > LEANS:
+def _of_bound(figures: Figures) -> Iterator[Verdict]:
+    if figures.bounded_fraction > LEANS:
         times = figures.bound_excess
         yield Verdict(
             "learning rate too high",
             f"at {figures.bounded_fraction:.0%} of the steps the gradient would have moved a weight matrix by more than"
-            f" `max_update_ratio={ratio:g}` of its norm"
-            + (f", typically by {times * ratio:.2g}." if times > 1 else "."),
-            "Lower the learning rate" + (f", by {times:.1f} times or more," if times > 1 else "") + " or warm it up.",
+            " `max_update_ratio` lets it" + (f", typically by {times:.1f} times as much." if times > 1 else "."),
+            (f"Divide the learning rate by {times:.1f} or more" if times > 1 else "Lower the learning rate")
+            + ", or warm it up if only the first steps are concerned.",
         )
 
 
@@ -237,7 +238,7 @@ def _of_spikes(trace: Trace) -> Iterator[Verdict]:
 
 
 def _of_clipping(figures: Figures) -> Iterator[Verdict]:
-    if figures.clip_coef_mean < LOW_COEF and not figures.bounded_fraction > LEANS:  # which says more
+    if figures.clip_coef_mean < LOW_COEF:
         yield Verdict(
             "steps cut to a fraction",
             f"clipping multiplied the gradient by {figures.clip_coef_mean:.2g} on average.",
