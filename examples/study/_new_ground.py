@@ -83,7 +83,7 @@ def leaning_table(summary: Summary) -> str:
 
 
 def draw_rates(summary: Summary, path: Path) -> None:
-    """The error against the learning rate: the median over the tasks, and the quarters around it."""
+    """The error against the learning rate: the median over the tasks, and the quartiles around it."""
     labels = sorted(FACTORS | FURTHER, key=lambda label: (FACTORS | FURTHER)[label])
     factors = [(FACTORS | FURTHER)[label] for label in labels]
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
@@ -99,7 +99,7 @@ def draw_rates(summary: Summary, path: Path) -> None:
     axes.set_xticks([0.01, 0.1, 1, 10, 100], ["1/100", "1/10", "tuned", "10", "100"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
-    axes.set_title("Ten tasks that no rule was tuned on, SGD: median and quarters")
+    axes.legend(loc="upper left")
+    axes.set_title("Ten tasks on new ground, SGD: median and quartiles")
     figure.savefig(path, dpi=110)
     plt.close(figure)
