@@ -49,9 +49,7 @@ class GradientClipper(Threshold):
         warmup_steps: The first so many steps are recorded, and clipped at most by the two bounds that follow.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
         max_update_ratio: No step moves a weight matrix by more than this part of its own L2 norm, above 0, for example
-            0.12: an upper bound of the norm after clipping, also used during the warm-up. It holds where the step is
-            proportional to the gradient, as that of SGD is, and counts what the momentum makes of it, but not weight
-            decay; other optimizers (Adam and its kin) set their steps' size themselves, and are clipped without it.
+            0.12, momentum counted, weight decay not. For SGD; others set their steps' size themselves and have none.
         nonfinite: What happens to a step whose gradient holds a NaN or an infinity. ``"skip"``: no weight moves (with
             a `GradScaler` it is the scaler that skips, and backs off). ``"raise"``: `NonFiniteGradientError`; with a
             `GradScaler` only once the scale is down to 1, since above it the overflow may be the scale's own.
@@ -138,6 +136,10 @@ class GradientClipper(Threshold):
         self._optimizer, is_bounded = weakref.ref(optimizer), self.bound.is_on and is_proportional(optimizer)
         self._stepping = weakref.ref(wrapped_in(optimizer)[-1]) if is_bounded else None
 
+    def _rates(self, parameters: Sequence[Tensor]) -> Rates | None:
+        stepping = None if self._stepping is None else self._stepping()
+        return None if stepping is None else Rates(stepping, parameters)
+
     def release(self) -> None:
         """Forget the optimizer (not its record), so that the next :meth:`clip_` may be given another one."""
         if self._optimizer is not None:  # the weights of others; a state that was loaded has those of this one
@@ -186,8 +188,7 @@ def clip_together_(
     read = not _numbers.reads_are_free(gradients.device) and must_be_read(
         first.nonfinite, optimizer, scaler is not None, gradients.shards is not None
     )
-    stepping = None if first._stepping is None else first._stepping()
-    rates = None if stepping is None else Rates(stepping, parameters)
+    rates = first._rates(parameters)
     measured = gradients.measure(
         read,
         numels=first.gradient_clip_algorithm == "value",
