@@ -51,6 +51,8 @@ NEW = ("new", "further")
 OF_GROUP = {"scale": SCALE_RULES, "rate": RATE_RULES, "paper": tuple(TABLE), "new": NEW_RULES,
             "further": ("none", "fixed norm 1", DEFAULT)}  # fmt: skip
 COLUMNS = ("task", "rule", "seed", "steps", "error", "si_sdr", "clipped", "factor", "bounded", "update", "seconds")
+OF_REPORT = {"clipped": "clipped_fraction", "factor": "clip_coef_mean", "bounded": "bounded_fraction",
+             "update": "update_ratio"}  # fmt: skip
 
 Run = tuple[str, str, int, int]  # task, rule, seed, steps
 
@@ -140,10 +142,8 @@ def train(run: Run) -> dict[str, Any]:
     for callback in clipping.get("callbacks", []):
         if isinstance(callback, GradientClipping):
             figures = [section.figures for section in callback.report().sections]
-            row["clipped"] = sum(each.clipped_fraction for each in figures) / len(figures)
-            row["factor"] = sum(each.clip_coef_mean for each in figures) / len(figures)
-            row["bounded"] = sum(each.bounded_fraction for each in figures) / len(figures)
-            row["update"] = sum(each.update_ratio for each in figures) / len(figures)
+            for column, figure in OF_REPORT.items():
+                row[column] = sum(getattr(each, figure) for each in figures) / len(figures)
         elif isinstance(callback, Candidates):
             factors = [factor for candidate in callback.rules.values() for factor in candidate.factors]
             row["factor"] = sum(factors) / max(1, len(factors))
@@ -180,8 +180,8 @@ def finished(path: Path) -> set[Run]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="five tasks, twelve rules, two seeds")
-    parser.add_argument("--part", choices=("first", "new", "all"), default="first", help="which tasks")
+    parser.add_argument("--quick", action="store_true", help="five tasks, thirteen rules, two seeds")
+    parser.add_argument("--part", choices=("first", "new", "all"), default="all", help="which tasks")
     parser.add_argument("--seeds", type=int, help="of each rule on each task (default: 3; quick: 2)")
     parser.add_argument("--steps", type=int, help="of each training, instead of the tasks' own")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
