@@ -156,13 +156,14 @@ class StepBound:
         is_new = len(self._weights) != parameters or (before is not None and before != trained)
         return step <= _EACH or step % _EACH == 0 or is_new
 
-    def weigh(self, weights: Numbers, dims: Sequence[int]) -> None:
+    def weigh(self, weights: Numbers, shapes: Sequence[torch.Size | None]) -> None:
         """Take the norms of the parameters.
 
         Args:
             weights: 0 of what does not count at all.
-            dims: The number of dimensions of each; -1 of what does not count.
+            shapes: Of each; ``None`` of what does not count.
         """
+        dims = [-1 if shape is None else len(shape) for shape in shapes]
         least = 1 if max(dims, default=0) > 1 else -1
         if isinstance(weights, Tensor):
             others = on_device(tuple(0.0 if dim > least else math.inf for dim in dims), weights.dtype, weights.device)

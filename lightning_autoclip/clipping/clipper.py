@@ -277,7 +277,7 @@ def _clip_part(
     max_norm = _unknown(own)
     if rates is not None:
         if len(measured.weights):
-            clipper.bound.weigh(at(measured.weights, positions), at(gradients.dims, positions))
+            clipper.bound.weigh(at(measured.weights, positions), at(gradients.shapes, positions))
         max_norm = clipper.bound.max_norm(own, own_norms, rates, positions)
     # Nobody else is to see what a step that is left out would have been. What is applied as it is, is clipped by group.
     clips = own < math.inf if clipper.nonfinite == "ignore" and positions is not None else is_finite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -120,12 +120,9 @@ class Gradients:
         norms, counts = [math.sqrt(x) for x in known[: len(found)]], known[len(found) : sums.numel()]
         return Measured(norms[:many], counts, self._floored(norms[many:]), known[sums.numel() :])
 
-    @property
-    def dims(self) -> list[int]:
-        """How many dimensions each parameter has."""
-        return [-1 if shape is None else len(shape) for shape in self._shapes()]
-
-    def _shapes(self) -> list[torch.Size | None]:
+    @cached_property
+    def shapes(self) -> list[torch.Size | None]:
+        """The shape of each whole parameter, as :func:`shape_of` tells it."""
         return [shape_of(parameter, self._given) for parameter in self._parameters]
 
     def _stacked(self, numbers: Sequence[Tensor]) -> Tensor:
@@ -142,7 +139,7 @@ class Gradients:
         """Norms of the parameters, if they were measured, not below what `LEAST_ENTRY` makes of the trained ones."""
         if not len(weights):
             return weights
-        least = [0.0 if shape is None else LEAST_ENTRY * math.sqrt(shape.numel()) for shape in self._shapes()]
+        least = [0.0 if shape is None else LEAST_ENTRY * math.sqrt(shape.numel()) for shape in self.shapes]
         if isinstance(weights, Tensor):
             return torch.maximum(weights, on_device(tuple(least), weights.dtype, weights.device))
         return [most if most > norm else norm for norm, most in zip(weights, least, strict=True)]

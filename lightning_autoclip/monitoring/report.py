@@ -93,7 +93,7 @@ def report_of(traces: Mapping[str, Trace], settings: Mapping[str, Any], has_scal
         if trace.bins:
             figures = figures_of(trace, settings)
             measure = "norm" if settings["gradient_clip_algorithm"] == "norm" else "root-mean-square entry"
-            verdicts = tuple(verdicts_of(trace, figures, settings, has_scaler))
+            verdicts = tuple(verdicts_of(trace, figures, has_scaler))
             unbounded = settings.get("max_update_ratio") is not None and math.isnan(figures.bounded_fraction)
             sections.append(Section(prefix.strip("/"), figures, verdicts, measure, unbounded))
     return Report(tuple(sections))

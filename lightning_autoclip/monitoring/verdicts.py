@@ -132,7 +132,7 @@ def _part(trace: Trace, start: float, end: float) -> Summary:
     return Summary.merged(bins[first : max(first + 1, math.ceil(end * len(bins)))])
 
 
-def verdicts_of(trace: Trace, figures: Figures, settings: Mapping[str, Any], has_scaler: bool) -> Iterator[Verdict]:
+def verdicts_of(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
     """What the figures may mean; with a loss scaler, some overflows mean nothing."""
     yield from _of_nonfinite(trace, figures, has_scaler)
     yield from _of_clipping_before(Summary.merged(trace.bins))
