@@ -164,6 +164,8 @@ class Telling:
         reaction = self._settings.arguments["nonfinite"]
         if reaction == "raise" or self._settings.has_scaler:
             return  # with a `GradScaler` overflows are the way in which it finds its scale
+        if not any(scope.trace.nonfinite for scope in self._scopes):
+            return  # to ask the clippers is one more wait for the device in every row
         total = self._scopes.total("nonfinite_total")
         if total <= self._told:
             return

@@ -55,7 +55,7 @@ def test_the_benchmark_runs(tmp_path):
 def test_a_step_dispatches_the_operations_that_the_page_shows(name):
     of = {f"ours, {rule[0]}": partial(of_rule, rule) for rule in RULES}
     of |= {f"torch, {algorithm}": partial(of_torch, algorithm) for algorithm in ("norm", "value")}
-    (line,) = (line for line in PAGE.splitlines() if line.startswith(f"| {name} |"))
+    (line,) = (line for line in PAGE.splitlines() if line.startswith(f"| {name} |") and " ms " not in line)
     shown = [int(cell.replace(",", "")) for cell in line.strip("|").split("|")[1:]]
     assert [sum(of[name](count).values()) for count in (6, 100, 1000)] == shown
 
@@ -69,3 +69,19 @@ def test_what_a_step_dispatches_beside_measuring_and_clipping_is_bounded(rule):
             beside = sum(n for name, n in of_rule(rule, 6, window, factor).items() if name not in passes)
             most = 31 if rule[-1] is None else 35
             assert beside <= (2 if "one read" in rule[0] else most), (window, factor)
+
+
+ON_CUDA = json.loads((ROOT / "docs" / "overhead-cuda.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("rule", list(dict.fromkeys(row["rule"] for row in ON_CUDA)))
+def test_each_rule_shows_its_recorded_figures_on_a_gpu(rule):
+    (head,) = (line for line in PAGE.splitlines() if line.startswith("| device time"))
+    lines = [line for line in PAGE.splitlines() if line.startswith(f"| {rule} |") and (" ms " in line)]
+    (line,) = lines
+    recorded = {(row["model"], row["dtype"]): row for row in ON_CUDA if row["rule"] == rule}
+    for title, cell in zip(head.strip("|").split(" | ")[1:], line.strip("|").split("|")[1:], strict=True):
+        row = recorded.get(tuple(title.strip(" |").rsplit(", ", 1)))
+        shown = f"{row['device_ms']:.2f} ms · {row['device_ratio']:.2f}" if row else "-"
+        assert cell.strip() == shown
+    assert all(row["waits"] == ("one read" in rule) for row in recorded.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from ctypes import c_float
 from functools import lru_cache
 from typing import TypeAlias
@@ -31,3 +32,15 @@ def single(number: float) -> float:
 def constant(number: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """A number that each step needs on the device, copied there once: shape ``()``. Not to be written to."""
     return torch.tensor(number, dtype=dtype, device=device)
+
+
+def unknown(like: Number) -> Number:
+    """NaN, where the other number is."""
+    return constant(math.nan, like.device) if isinstance(like, Tensor) else math.nan
+
+
+def smaller(number: Number, other: Number) -> Number:
+    """The smaller one of two numbers of one form."""
+    if isinstance(number, Tensor) and isinstance(other, Tensor):
+        return torch.minimum(number, other)
+    return min(number, other)

@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from lightning_autoclip.clipping import _numbers
-from lightning_autoclip.clipping._numbers import Number, constant, single
+from lightning_autoclip.clipping._numbers import Number, single, smaller, unknown
 from lightning_autoclip.clipping.bound import Rates, is_proportional
 from lightning_autoclip.clipping.gate import StepGate
 from lightning_autoclip.clipping.gradients import Gradients, Measured, Numbers, at, clip_norm_, clip_value_, norm_of
@@ -22,6 +22,7 @@ from lightning_autoclip.clipping.optimizers import (
     must_be_read,
     parameters_of,
     raise_if_nonfinite,
+    refuse_capture,
     skip_if_nonfinite,
     unscale_,
     unwrapped,
@@ -100,6 +101,7 @@ class GradientClipper(Threshold):
             TypeError: ``target`` is neither an optimizer nor parameters, or the policy gave no single number.
             ValueError: The clipper has served another optimizer before, or FSDP1 shares its gradients and ``shards``
                 are not given.
+            RuntimeError: A CUDA graph is being captured.
         """
         return clip_together_([(self, None)], target, grad_scaler, shards)[0]
 
@@ -118,7 +120,7 @@ class GradientClipper(Threshold):
         is_read = self.nonfinite == "raise" or _numbers.reads_are_free(norm.device)
         number: Number = norm.item() if is_read else norm
         threshold = self.decide(number < math.inf, number)
-        record = StepRecord(number, _smaller(number, threshold), number, threshold, self._nonfinite, _unknown(number))
+        record = StepRecord(number, smaller(number, threshold), number, threshold, self._nonfinite, unknown(number))
         if self.nonfinite == "raise" and loss_scale <= 1 and not math.isfinite(number):
             raise NonFiniteGradientError(f"The norm of the gradient is {float(number)}.", [], [record])
         return record
@@ -173,12 +175,8 @@ def clip_together_(
         A record per clipper; ``None`` where no parameter of its group has a gradient.
     """
     (first, _), parameters = clippers[0], parameters_of(target)
-    optimizer = unwrapped(target) if hasattr(target, "param_groups") else None
-    if optimizer is None and first.bound.is_on:
-        raise ValueError(
-            "Expected `target` to be the optimizer beside `max_update_ratio`, which depends on its learning rate, but"
-            " got parameters. Pass the optimizer."
-        )
+    refuse_capture(parameters[0].device)
+    optimizer = _optimizer_of(target, first)
     gate = None if optimizer is None else _gate_of(optimizer, clippers, parameters, shards)
     scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
     if not (_have_gradients(parameters, None) or are_shared(parameters, shards)):
@@ -212,6 +210,18 @@ def clip_together_(
     if first.nonfinite != "ignore":
         skip_if_nonfinite(is_finite, parameters, optimizer, gate, found_infs)
     return records
+
+
+def _optimizer_of(target: Any, clipper: GradientClipper) -> Any:
+    """The optimizer that makes the step; `None` where the target is parameters."""
+    if hasattr(target, "param_groups"):
+        return unwrapped(target)
+    if clipper.bound.is_on:
+        raise ValueError(
+            "Expected `target` to be the optimizer beside `max_update_ratio`, which depends on its learning rate, but"
+            " got parameters. Pass the optimizer."
+        )
+    return None
 
 
 def _gate_of(
@@ -274,7 +284,7 @@ def _clip_part(
     tensors = gradients.tensors if positions is None else [gradients.tensors[position] for position in positions]
     own_norms = at(measured.norms, positions)
     own = norm if positions is None else norm_of(own_norms)
-    max_norm = _unknown(own)
+    max_norm = unknown(own)
     if rates is not None:
         if len(measured.weights):
             clipper.bound.weigh(at(measured.weights, positions), at(gradients.shapes, positions))
@@ -284,13 +294,13 @@ def _clip_part(
     if clipper.gradient_clip_algorithm == "norm":
         threshold = clipper.decide(is_finite, own, math.inf if rates is None else max_norm)
         clip_norm_(tensors, own, threshold, clips)
-        return StepRecord(own, _smaller(own, threshold), own, threshold, clipper._nonfinite, max_norm, own_norms)
+        return StepRecord(own, smaller(own, threshold), own, threshold, clipper._nonfinite, max_norm, own_norms)
     statistic = _root_mean_square(own, at(measured.numels, positions))
     threshold = clipper.decide(is_finite, statistic)
     clip_value_(tensors, threshold, clips)
     if rates is not None:
         clip_norm_(tensors, own, max_norm, clips)  # what is left is no longer, and is shortened as much
-    return StepRecord(own, _unknown(own), statistic, threshold, clipper._nonfinite, max_norm, own_norms)
+    return StepRecord(own, unknown(own), statistic, threshold, clipper._nonfinite, max_norm, own_norms)
 
 
 def _with_clipped_norms(
@@ -318,13 +328,3 @@ def _root_mean_square(norm: Number, numels: Numbers) -> Number:
         numel = numels.sum() if isinstance(numels, Tensor) else float(sum(numels))
         return norm / (numel**0.5 if isinstance(numel, Tensor) or numel else math.nan)
     return single(norm / math.sqrt(math.fsum(numels) or math.nan))
-
-
-def _unknown(like: Number) -> Number:
-    return constant(math.nan, like.device) if isinstance(like, Tensor) else math.nan
-
-
-def _smaller(number: Number, other: Number) -> Number:
-    if isinstance(number, Tensor) and isinstance(other, Tensor):
-        return torch.minimum(number, other)
-    return min(number, other)

@@ -30,6 +30,8 @@ LEAST_ENTRY = 0.01
 """Root-mean-square entry that a tensor of weights counts with at least: half of the smallest usual initial one. What
 starts at zero could never move otherwise, were no step to be larger than a part of its weights."""
 
+_UNSCALE_FLOAT16 = ("cpu", "cuda", "xpu")  # kinds of device
+
 _LONGEST_SUM = 2**19  # entries; torch adds squares on the CPU one by one, and loses 1e-5 at twice as many
 
 
@@ -133,7 +135,15 @@ class Gradients:
         dtype = torch.float64 if torch.float64 in {tensor.dtype for tensor in tensors} else torch.float32
         if _numbers.reads_are_free(self.device) and max([tensor.numel() for tensor in tensors]) > _LONGEST_SUM:
             return [_norm_by_parts(tensor, dtype) for tensor in tensors]
-        return list(torch._foreach_norm(tensors, 2.0, dtype=dtype))
+        kinds = {tensor.dtype for tensor in tensors}
+        if len(kinds) == 1 or _numbers.reads_are_free(self.device):
+            return list(torch._foreach_norm(tensors, 2.0, dtype=dtype))
+        norms: dict[int, Tensor] = {}  # of a list of several dtypes, each norm would be launches of its own
+        for kind in kinds:
+            places = [i for i, tensor in enumerate(tensors) if tensor.dtype == kind]
+            alike = torch._foreach_norm([tensors[i] for i in places], 2.0, dtype=dtype)
+            norms |= zip(places, alike, strict=True)
+        return [norms[i] for i in range(len(tensors))]
 
     def _floored(self, weights: Numbers) -> Numbers:
         """Norms of the parameters, if they were measured, not below what `LEAST_ENTRY` makes of the trained ones."""
@@ -187,12 +197,14 @@ def clip_norm_(tensors: list[Tensor], norm: Number, threshold: Number, is_finite
     """
     if not isinstance(norm, Tensor) or not isinstance(threshold, Tensor) or not isinstance(is_finite, Tensor):
         if is_finite and threshold < norm:
-            torch._foreach_mul_(tensors, float(threshold / norm))
+            is_free = _numbers.reads_are_free(tensors[0].device)
+            for alike in [tensors] if is_free else _grouped(tensors).values():
+                torch._foreach_mul_(alike, float(threshold / norm))
         return
     unchanged = constant(1.0, norm.device)
     factor = torch.fmin(torch.where(is_finite, threshold / norm, unchanged), unchanged)
-    for of_device, (factor_there,) in _by_device(tensors, factor):
-        torch._foreach_mul_(of_device, factor_there)
+    for (device, dtype), alike in _grouped(tensors).items():
+        _multiply_(alike, dtype, factor.to(device, non_blocking=True))
 
 
 def clip_value_(tensors: list[Tensor], threshold: Number, is_finite: bool | Tensor) -> None:
@@ -210,14 +222,16 @@ def clip_value_(tensors: list[Tensor], threshold: Number, is_finite: bool | Tens
                 for tensor in tensors:  # one pass over the memory instead of two
                     tensor.clamp_(-bounds[tensor.dtype], bounds[tensor.dtype])
                 return
-            for (_, dtype), alike in _grouped(tensors, lambda tensor: (tensor.device, tensor.dtype)).items():
+            for (_, dtype), alike in _grouped(tensors).items():
                 torch._foreach_clamp_min_(alike, -bounds[dtype])  # two launches instead of one for each
                 torch._foreach_clamp_max_(alike, bounds[dtype])
         return
     limit = torch.where(is_finite, threshold, constant(math.inf, threshold.device))
-    for of_device, (low, high) in _by_device(tensors, -limit, limit):
-        for tensor in of_device:
-            tensor.clamp_(low, high)
+    low = -limit
+    for (device, _), alike in _grouped(tensors).items():
+        low_there, high_there = low.to(device, non_blocking=True), limit.to(device, non_blocking=True)
+        for tensor in alike:
+            tensor.clamp_(low_there, high_there)
 
 
 def norm_of(norms: Numbers) -> Number:
@@ -236,17 +250,33 @@ def at(numbers: Any, positions: Sequence[int] | None) -> Any:
     return [numbers[position] for position in positions]
 
 
-def _grouped(tensors: Iterable[Tensor], key: Any) -> dict[Any, list[Tensor]]:
-    groups: dict[Any, list[Tensor]] = {}
+def _grouped(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+    """The tensors by what a call for many must have in common to launch one kernel for them."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        groups.setdefault(key(tensor), []).append(tensor)
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return groups
 
 
-def _by_device(tensors: Iterable[Tensor], *scalars: Tensor) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
-    """The tensors of each device, with the scalars moved there."""
-    for device, of_device in _grouped(tensors, lambda tensor: tensor.device).items():
-        yield of_device, [scalar.to(device, non_blocking=True) for scalar in scalars]
+def _multiply_(tensors: list[Tensor], dtype: torch.dtype, factor: Tensor) -> None:
+    """Multiply tensors of one dtype by a factor between 0 and 1, float32, in place; no bit changes at 1.
+
+    `_foreach_mul_` launches a kernel for each tensor unless the factor has their dtype. Rounded to bfloat16, towards 0
+    so that no norm is above its threshold, it is up to 0.8 % smaller. float16 has no room for small factors; for that
+    dtype there is the kernel that unscales gradients, whose factor is float32.
+    """
+    if dtype == torch.float16 and factor.device.type in _UNSCALE_FLOAT16:
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, _unread(factor.device), factor)
+    elif dtype == torch.bfloat16:
+        torch._foreach_mul_(tensors, factor.view(torch.int32).bitwise_and(-(2**16)).view(torch.float32).to(dtype))
+    else:
+        torch._foreach_mul_(tensors, factor)
+
+
+@lru_cache(maxsize=64)
+def _unread(device: torch.device) -> Tensor:
+    """Where a kernel writes down what nobody asks for."""
+    return torch.zeros((), dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=1024)  # an optimizer may have hundreds of groups

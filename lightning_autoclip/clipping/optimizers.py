@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
+from lightning_autoclip.clipping._numbers import constant
 from lightning_autoclip.clipping.gate import StepGate
 
 _STEP_WHAT_THEY_WRAP = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
@@ -76,6 +77,16 @@ def parameters_of(target: Any) -> list[Tensor]:
 
 def _each_once(parameters: Iterable[Tensor]) -> list[Tensor]:
     return list({id(parameter): parameter for parameter in parameters}.values())
+
+
+def refuse_capture(device: torch.device) -> None:
+    """Raise while a CUDA graph is captured: replays would count no step, and measure no weights again."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "Expected `clip_` to be called outside of a graph, but it was called while a CUDA graph is captured, whose"
+            " replays would leave its record behind. Capture forward and backward pass, and clip and step after the"
+            " replay."
+        )
 
 
 def unscale_(grad_scaler: GradScaler, target: Any) -> list[Tensor]:
@@ -158,6 +169,11 @@ def raise_if_nonfinite(
     raise NonFiniteGradientError(f"The norm of the gradient is {norm}: {where}.", bad, records)
 
 
+def _flag_of(is_finite: Tensor) -> Tensor:
+    """1 where it is not, else 0: shape ``()``, float32."""
+    return torch.where(is_finite, constant(0.0, is_finite.device), constant(1.0, is_finite.device))
+
+
 def skip_if_nonfinite(
     is_finite: bool | Tensor,
     parameters: Sequence[Tensor],
@@ -180,13 +196,13 @@ def skip_if_nonfinite(
         # Where it looks before the step. A norm beyond float32 is an infinity too, though no entry may be. The scaler
         # adds up what stands here, and fused kernels skip at exactly 1.
         first, *others = found_infs
-        bad = is_finite.logical_not().to(first) if isinstance(is_finite, Tensor) else torch.ones_like(first)
+        bad = _flag_of(is_finite).to(first) if isinstance(is_finite, Tensor) else torch.ones_like(first)
         torch.maximum(first, bad, out=first)
         for other in others:
             other.zero_()
     if isinstance(is_finite, Tensor):
         if found_infs is None and gate is not None and gate.has_hooks:
-            gate.leave_out_if(is_finite.logical_not().to(torch.float32), optimizer)
+            gate.leave_out_if(_flag_of(is_finite), optimizer)
     elif found_infs is None or must_not_skip_itself(optimizer):
         if gate is not None:
             gate.leave_out(optimizer)

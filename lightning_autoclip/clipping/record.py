@@ -184,17 +184,20 @@ class History:
 
 
 class _OnDevice:
-    """The record on an accelerator: ``ring`` and ``count`` grow there, ``ordered`` is the ring sorted, then ``inf``."""
+    """The record on an accelerator: ``ring`` and ``count`` grow there, ``ordered`` is the ring sorted, then ``inf``.
+
+    The last place of the ring takes what does not count; ``ordered`` is without it.
+    """
 
     def __init__(self, values: Tensor, count: int, window: int | None, device: torch.device) -> None:
         self.window, self._most = window, count  # at most so many values came in
         capacity = _FIRST_CAPACITY if window is None else min(window, _FIRST_CAPACITY)
         while capacity < values.numel():
             capacity = 2 * capacity if window is None else min(2 * capacity, window)
-        self.ring = values.new_full((capacity + 1,), math.inf)  # the last place takes what does not count
+        self.ring = values.new_full((capacity + 1,), math.inf)
         self.ring[: values.numel()] = values.roll(count % window) if values.numel() == window else values
         self.ring, self.count = self.ring.to(device), torch.tensor(count, device=device)
-        self.ordered = self.ring.sort().values
+        self.ordered = self.ring[:-1].sort().values
 
     def record(self, value: Tensor, counts: Tensor) -> None:
         self._most += 1
@@ -203,20 +206,21 @@ class _OnDevice:
             self._grow(places if self.window is None else min(places, self.window - places))
             places = self.ring.numel() - 1
         device = self.ring.device
-        entering = torch.where(counts, value, constant(math.inf, device))
         next_slot = self.count if self.window is None else self.count % self.window
         slot = torch.where(counts, next_slot, constant(places, device, torch.int64))
-        self.ring.scatter_(0, slot.view(1), entering.view(1))
+        self.ring.scatter_(0, slot.view(1), value.view(1))
         self.count.add_(counts)
         if self.window is not None:
-            self.ordered = self.ring.sort().values
+            self.ordered = self.ring[:-1].sort().values
         else:  # each value lies between its neighbours, or moves up by one
+            entering = torch.where(counts, value, constant(math.inf, device))
             below = torch.cat((constant(-math.inf, device).view(1), self.ordered[:-1]))
             self.ordered = torch.clamp(entering, min=below, max=self.ordered)
 
     def _grow(self, more: int) -> None:
-        padding = self.ring.new_full((more,), math.inf)
-        self.ring, self.ordered = torch.cat((self.ring, padding)), torch.cat((self.ordered, padding))
+        padding = self.ring.new_full((more + 1,), math.inf)
+        self.ring = torch.cat((self.ring[:-1], padding))
+        self.ordered = torch.cat((self.ordered, padding[:more]))
 
     def percentile(self, percentile: float) -> Tensor:
         count = self.count if self.window is None else self.count.clamp(max=self.window)

@@ -71,13 +71,15 @@ class Threshold:
         # A gradient of exactly zero moves nothing and tells no scale; enough of them (hinge losses, masked batches)
         # would pull a percentile to zero and stop the training for good.
         if isinstance(is_finite, Tensor) and isinstance(statistic, Tensor):
-            self._nonfinite = is_finite.logical_not().to(torch.float32) + self._nonfinite
-            self.history.record(statistic, is_finite & (statistic > 0))
-            limit_there = constant(self.max_threshold, statistic.device)
+            device = statistic.device
+            bad = torch.where(is_finite, constant(0.0, device), constant(1.0, device))
+            self._nonfinite = bad + self._nonfinite
+            self.history.record(statistic, torch.logical_and(is_finite, statistic))
+            limit_there = constant(self.max_threshold, device)
             limit_there = torch.fmin(limit_there, most) if isinstance(most, Tensor) else limit_there
             if self.steps <= self.warmup_steps:
                 return limit_there
-            return torch.fmin(threshold_on_device(self.policy, self.history, statistic.device), limit_there)
+            return torch.fmin(threshold_on_device(self.policy, self.history, device), limit_there)
         self._nonfinite = float(self._nonfinite) + (not is_finite)
         if is_finite and statistic > 0:
             self.history.record(statistic)

@@ -84,8 +84,10 @@ class Recorder:
         numbers: Any = [record[:6] for record in records]
         norms: Any = [record.parameter_norms for record in records]
         if isinstance(records[0].norm, Tensor):
-            numbers = torch.stack([torch.stack(six) for six in numbers]).tolist()
-            norms = norms if norms[0] is None else torch.stack(norms).cpu()
+            there = torch.stack([number for six in numbers for number in six]).view(len(records), -1)
+            there = there if norms[0] is None else torch.cat((there, torch.stack(norms)), 1)
+            here = there.cpu()  # in one copy
+            numbers, norms = here[:, :6].tolist(), norms if norms[0] is None else here[:, 6:]
         points = [self._point(place, six) for place, six in zip(places, numbers, strict=True)]
         squares = None if norms[0] is None else torch.as_tensor(norms, dtype=torch.float64, device="cpu").square()
         self.trace.extend(points, squares)
