@@ -30,6 +30,7 @@ class AutoClip(GradientClipping):
         max_update_ratio: No step of SGD moves a weight matrix by more than this part of its norm, above 0; see
             `GradientClipper`. ``"auto"``: 0.25, or none with ``percentile=100``, which only observes. ``None``: no such
             bound. With Adam and its kin there is none either.
+        skip_above: A step whose norm is so many times the typical one, at least 1, is left out; see `GradientClipper`.
         nonfinite: ``"skip"``, ``"raise"`` or ``"ignore"``; see `GradientClipper`.
         groups: Groups of parameters that each have a record and a threshold of their own: ``"param_groups"`` for those
             of the optimizer, or patterns of parameter names by the group's name, such as ``{"encoder": "encoder.*"}``.
@@ -64,6 +65,7 @@ class AutoClip(GradientClipping):
         warmup_steps: int = 0,
         max_threshold: float | None = None,
         max_update_ratio: float | Literal["auto"] | None = "auto",
+        skip_above: float | None = None,
         nonfinite: NonFinite = "skip",
         groups: Groups | None = None,
         log_every_step: bool = False,
@@ -83,6 +85,7 @@ class AutoClip(GradientClipping):
             warmup_steps=warmup_steps,
             max_threshold=max_threshold,
             max_update_ratio=max_update_ratio,
+            skip_above=skip_above,
             nonfinite=nonfinite,
             groups=groups,
             log_every_step=log_every_step,

@@ -55,8 +55,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         warmup_steps: The first so many steps are recorded, and clipped at most by the two bounds that follow.
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
         max_update_ratio: No step of SGD moves a weight matrix by more than this part of its norm: `GradientClipper`.
-        nonfinite: What happens to a step whose gradient holds a NaN or an infinity: ``"skip"``, ``"raise"`` or
-            ``"ignore"``; see `GradientClipper`.
+        skip_above: A step whose norm is so many times the typical one, at least 1, is left out: `GradientClipper`.
+        nonfinite: What happens at a NaN or an infinity: ``"skip"``, ``"raise"`` or ``"ignore"``: `GradientClipper`.
         groups: Groups of parameters that each have a record, a threshold, keys and a section of the report of their
             own: ``"param_groups"`` for those of the optimizer, or patterns of parameter names by the group's name, such
             as ``{"encoder": "encoder.*", "heads": ["policy.*", "value.*"]}``; ``rest`` is what none of them matches.
@@ -64,9 +64,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         log_layers: Also log each module's mean share in the squared norm, from 0 to 1, under ``autoclip_layers/``: of
             modules two names deep, or as many as the number says.
         log_histogram: Also log a histogram of the norms per row, to Weights & Biases.
-        alert_above: Send a W&B alert when a norm is so many times the typical one of the steps before, at least 1, as
-            the report's verdict "spikes" measures it, and, without a loss scaler, one of its own when it is not finite;
-            each at most every 10 minutes. By default none is sent.
+        alert_above: Send a W&B alert when a norm is so many times the typical one, at least 1, as the verdict "spikes"
+            measures it, and without a loss scaler one of its own when it is not finite; at most every 10 minutes each.
         verbose: Print a short report at the end of fit.
 
     Raises:
@@ -85,6 +84,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         warmup_steps: int = 0,
         max_threshold: float | None = None,
         max_update_ratio: float | None = None,
+        skip_above: float | None = None,
         nonfinite: NonFinite = "skip",
         groups: Groups | None = None,
         log_every_step: bool = False,
@@ -101,6 +101,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             warmup_steps=warmup_steps,
             max_threshold=max_threshold,
             max_update_ratio=max_update_ratio,
+            skip_above=skip_above,
             nonfinite=nonfinite,
         )
         self._scopes = Scopes(self._settings, log_every_step, log_layers)
@@ -156,8 +157,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give each optimizer its scopes, or check that the restored ones fit."""
-        skips = self._settings.arguments["nonfinite"] == "skip"
-        self._clipping = clipping_under(trainer, self._settings.groups is not None, skips)
+        skips, settings = self._settings.arguments["nonfinite"] == "skip", self._settings
+        self._clipping = clipping_under(trainer, settings.groups is not None, skips, settings.skips_outliers)
         self._settings.has_engine = isinstance(self._clipping, ZeroEngine)
         self._settings.has_scaler = grad_scaler(trainer) is not None
         measure_every = min(max((log_every(trainer) or 50) // 5, 1), 10)  # five times per row

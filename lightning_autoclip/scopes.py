@@ -183,7 +183,9 @@ class Scopes:
     def _new(self, prefix: str) -> Scope:
         clipper = self._settings.new_clipper()
         clipper.clipped_norm_every = self._measure_every
-        return Scope(clipper, Recorder(prefix, self._settings.by_value, self._every_step, self._layer_depth, Trace()))
+        settings = self._settings
+        options = settings.by_value, self._every_step, self._layer_depth, Trace(), settings.skips_outliers
+        return Scope(clipper, Recorder(prefix, *options))
 
     def _positions(self, optimizer: Any, named: Named) -> Positions:
         """The parameters of an optimizer by group, whose names end in a slash; all under no name without groups."""

@@ -40,6 +40,11 @@ class Settings:
         """Whether entries are clamped."""
         return bool(self.arguments["gradient_clip_algorithm"] == "value")
 
+    @property
+    def skips_outliers(self) -> bool:
+        """Whether steps can be left out for their size."""
+        return self.arguments["skip_above"] is not None
+
     def bound_of(self, optimizer: Any) -> float | None:
         """The `max_update_ratio` that the steps of an optimizer can be held to; ``None`` if there is none."""
         ratio: float | None = self.arguments["max_update_ratio"]

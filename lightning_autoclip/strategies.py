@@ -209,13 +209,16 @@ class ZeroEngine:
         self.optimizer.clip_grad = 0.0
 
 
-def clipping_under(trainer: Trainer, has_groups: bool, skips: bool) -> InPlace | ZeroEngine:
+def clipping_under(
+    trainer: Trainer, has_groups: bool, skips: bool, skips_outliers: bool = False
+) -> InPlace | ZeroEngine:
     """How gradients are clipped under the strategy and with the optimizers of a fit that begins.
 
     Args:
         trainer: The Trainer.
         has_groups: Whether groups of parameters are clipped apart.
         skips: As in `ZeroEngine`.
+        skips_outliers: Whether steps are left out for their size.
 
     Raises:
         MisconfigurationException: They cannot be.
@@ -230,6 +233,11 @@ def clipping_under(trainer: Trainer, has_groups: bool, skips: bool) -> InPlace |
         if has_groups:
             raise MisconfigurationException(
                 "DeepSpeed measures and clips the whole gradient, so it has no `groups`. Remove them, or use FSDP."
+            )
+        if skips_outliers:
+            raise MisconfigurationException(
+                "DeepSpeed's engine makes its step by itself and leaves none out for its size, so it has no"
+                " `skip_above`. Remove it, or use FSDP."
             )
         return ZeroEngine(trainer, skips)
     if kind == "flat shards":

@@ -12,7 +12,7 @@ import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
 _CLIPPING = ["_numbers", "record", "metric", "policies", "shards", "gradients", "gate", "optimizers", "bound"]
-_CLIPPING += ["threshold", "step", "clipper"]
+_CLIPPING += ["outliers", "threshold", "step", "parts", "clipper"]
 _MONITORING = [
     "summary",
     "trace",

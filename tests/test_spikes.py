@@ -146,6 +146,7 @@ def check_spikes(autoclip: AutoClip, expected: list[Any], optimizer: str = "auto
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, spike, wanted in zip(rows, spikes, expected, strict=True):
         assert set(row) == {"optimizer", "step", "epoch", "batches", "norm", "times", *LAST_COLUMNS}
+        assert row["left_out"] is False
         for key in ("epoch", "batches"):
             assert row[key] == wanted[key], (key, wanted)
         assert math.isfinite(row["norm"]) == math.isfinite(wanted["norm"])
@@ -160,7 +161,7 @@ def check_spikes(autoclip: AutoClip, expected: list[Any], optimizer: str = "auto
         ]
 
 
-LAST_COLUMNS = ("threshold", "clip_coef", "parameters")
+LAST_COLUMNS = ("threshold", "clip_coef", "left_out", "parameters")
 
 
 def mean_shares(steps: Sequence[Step]) -> dict[str, float]:

@@ -13,12 +13,13 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from lightning_autoclip.clipping import _numbers
-from lightning_autoclip.clipping._numbers import Number, single, smaller, unknown
+from lightning_autoclip.clipping._numbers import Number, smaller, unknown
 from lightning_autoclip.clipping.bound import Rates, is_proportional
 from lightning_autoclip.clipping.gate import StepGate
-from lightning_autoclip.clipping.gradients import Gradients, Measured, Numbers, at, clip_norm_, clip_value_, norm_of
+from lightning_autoclip.clipping.gradients import Gradients, norm_of
 from lightning_autoclip.clipping.optimizers import (
     NonFiniteGradientError,
+    leave_out,
     must_be_read,
     parameters_of,
     raise_if_nonfinite,
@@ -28,6 +29,7 @@ from lightning_autoclip.clipping.optimizers import (
     unwrapped,
     wrapped_in,
 )
+from lightning_autoclip.clipping.parts import Part, any_outlier, are_weighed, have_gradients, with_clipped_norms
 from lightning_autoclip.clipping.shards import Shard, are_shared
 from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.clipping.threshold import Threshold
@@ -51,6 +53,9 @@ class GradientClipper(Threshold):
         max_threshold: Upper bound of the threshold, above 0; also used during the warm-up.
         max_update_ratio: No step moves a weight matrix by more than this part of its own L2 norm, above 0, for example
             0.12, momentum counted, weight decay not. For SGD; others set their steps' size themselves and have none.
+        skip_above: A step whose norm is more than so many times the typical one (the median of the record before it),
+            at least 1, is left out like one that is not finite, a `GradScaler` does not back off, and its norm enters
+            the record. From the 21st step on and after the warm-up; of such steps in a row the first five.
         nonfinite: What happens to a step whose gradient holds a NaN or an infinity. ``"skip"``: no weight moves (with
             a `GradScaler` it is the scaler that skips, and backs off). ``"raise"``: `NonFiniteGradientError`; with a
             `GradScaler` only once the scale is down to 1, since above it the overflow may be the scale's own.
@@ -120,7 +125,8 @@ class GradientClipper(Threshold):
         is_read = self.nonfinite == "raise" or _numbers.reads_are_free(norm.device)
         number: Number = norm.item() if is_read else norm
         threshold = self.decide(number < math.inf, number)
-        record = StepRecord(number, smaller(number, threshold), number, threshold, self._nonfinite, unknown(number))
+        clipped, so_far = smaller(number, threshold), self.nonfinite_so_far
+        record = StepRecord(number, clipped, number, threshold, so_far, unknown(number))
         if self.nonfinite == "raise" and loss_scale <= 1 and not math.isfinite(number):
             raise NonFiniteGradientError(f"The norm of the gradient is {float(number)}.", [], [record])
         return record
@@ -179,36 +185,42 @@ def clip_together_(
     optimizer = _optimizer_of(target, first)
     gate = None if optimizer is None else _gate_of(optimizer, clippers, parameters, shards)
     scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
-    if not (_have_gradients(parameters, None) or are_shared(parameters, shards)):
+    if not (have_gradients(parameters, None) or are_shared(parameters, shards)):
         return [None] * len(clippers)
     found_infs = None if scaler is None else unscale_(scaler, target)
     gradients = Gradients(parameters, shards)
     read = not _numbers.reads_are_free(gradients.device) and must_be_read(
-        first.nonfinite, optimizer, scaler is not None, gradients.shards is not None
+        first.nonfinite, optimizer, scaler is not None, gradients.shards is not None, first.outliers.is_on
     )
     rates = first._rates(parameters)
     measured = gradients.measure(
         read,
         numels=first.gradient_clip_algorithm == "value",
-        weights=rates is not None and _are_weighed(clippers, parameters),
+        weights=rates is not None and are_weighed(clippers, parameters),
         rates=rates.unread if rates is not None else (),
     )
     if rates is not None and read:
         rates.read(measured.rates)
     norm = norm_of(norms := measured.norms)
     is_finite = norm < math.inf
-    records = [
-        _clip_part(clipper, positions, gradients, measured, rates, norm, is_finite)
-        if _have_gradients(parameters, positions, gradients.shards is not None)
+    parts = [
+        Part(clipper, positions, measured, norm)
+        if have_gradients(parameters, positions, gradients.shards is not None)
         else None
         for clipper, positions in clippers
     ]
+    is_bad = is_outlier = any_outlier(parts, is_finite) if first.outliers.is_on else False
+    records = [
+        None if part is None else part.clip_(gradients, measured, rates, is_finite, is_outlier) for part in parts
+    ]
     if first.gradient_clip_algorithm == "value":
-        records = _with_clipped_norms(records, clippers, gradients, is_finite, read)
+        records = with_clipped_norms(records, clippers, gradients, is_finite, read)
     if first.nonfinite == "raise":
         raise_if_nonfinite(float(norm), list(norms), parameters, scaler, records)
     if first.nonfinite != "ignore":
-        skip_if_nonfinite(is_finite, parameters, optimizer, gate, found_infs)
+        is_bad = skip_if_nonfinite(is_finite, optimizer, found_infs, is_outlier)
+    if is_bad is not False:
+        leave_out(is_bad, parameters, optimizer, gate)
     return records
 
 
@@ -248,83 +260,3 @@ def _gate_of(
     gate = StepGate.of(optimizer)
     gate.expect(optimizer)
     return gate
-
-
-def _have_gradients(
-    parameters: Sequence[Tensor], positions: Sequence[int] | None, may_be_elsewhere: bool = False
-) -> bool:
-    """Whether there is a gradient of a group, or, if processes share them, whether one of them may have one."""
-    if may_be_elsewhere:
-        return positions is None or any(parameters[position].requires_grad for position in positions)
-    return any(parameter.grad is not None for parameter in at(parameters, positions))
-
-
-def _are_weighed(
-    clippers: Sequence[tuple[GradientClipper, Sequence[int] | None]], parameters: Sequence[Tensor]
-) -> bool:
-    """Whether the weights of a group or more are to be measured."""
-    trained = tuple([parameter.requires_grad for parameter in parameters])
-    due = [
-        clipper.bound.weighs(clipper.steps + 1, len(parameters if own is None else own), trained)
-        for clipper, own in clippers
-    ]
-    return any(due)
-
-
-def _clip_part(
-    clipper: GradientClipper,
-    positions: Sequence[int] | None,
-    gradients: Gradients,
-    measured: Measured,
-    rates: Rates | None,
-    norm: Number,
-    is_finite: bool | Tensor,
-) -> StepRecord:
-    """Record, decide and clip for the parameters of one clipper."""
-    tensors = gradients.tensors if positions is None else [gradients.tensors[position] for position in positions]
-    own_norms = at(measured.norms, positions)
-    own = norm if positions is None else norm_of(own_norms)
-    max_norm = unknown(own)
-    if rates is not None:
-        if len(measured.weights):
-            clipper.bound.weigh(at(measured.weights, positions), at(gradients.shapes, positions))
-        max_norm = clipper.bound.max_norm(own, own_norms, rates, positions)
-    # Nobody else is to see what a step that is left out would have been. What is applied as it is, is clipped by group.
-    clips = own < math.inf if clipper.nonfinite == "ignore" and positions is not None else is_finite
-    if clipper.gradient_clip_algorithm == "norm":
-        threshold = clipper.decide(is_finite, own, math.inf if rates is None else max_norm)
-        clip_norm_(tensors, own, threshold, clips)
-        return StepRecord(own, smaller(own, threshold), own, threshold, clipper._nonfinite, max_norm, own_norms)
-    statistic = _root_mean_square(own, at(measured.numels, positions))
-    threshold = clipper.decide(is_finite, statistic)
-    clip_value_(tensors, threshold, clips)
-    if rates is not None:
-        clip_norm_(tensors, own, max_norm, clips)  # what is left is no longer, and is shortened as much
-    return StepRecord(own, unknown(own), statistic, threshold, clipper._nonfinite, max_norm, own_norms)
-
-
-def _with_clipped_norms(
-    records: list[StepRecord | None],
-    clippers: Sequence[tuple[GradientClipper, Sequence[int] | None]],
-    gradients: Gradients,
-    is_finite: bool | Tensor,
-    read: bool,
-) -> list[StepRecord | None]:
-    """The records of clipping by value, with the norms after it where they are due: one more read of the gradients."""
-    pairs = zip(records, clippers, strict=True)
-    due = [record is not None and clipper.is_measured(is_finite) for record, (clipper, _) in pairs]
-    if not any(due):
-        return records
-    after = gradients.norms(read)
-    return [
-        record._replace(clipped_norm=norm_of(at(after, positions))) if record is not None and is_due else record
-        for record, (_, positions), is_due in zip(records, clippers, due, strict=True)
-    ]
-
-
-def _root_mean_square(norm: Number, numels: Numbers) -> Number:
-    """The root-mean-square entry: NaN where there are no entries."""
-    if isinstance(norm, Tensor):
-        numel = numels.sum() if isinstance(numels, Tensor) else float(sum(numels))
-        return norm / (numel**0.5 if isinstance(numel, Tensor) or numel else math.nan)
-    return single(norm / math.sqrt(math.fsum(numels) or math.nan))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 
@@ -84,6 +85,7 @@ class StepGate:
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._depth, self._is_young = self._depth + 1, False
+        self._join_found_inf(optimizer)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._take(optimizer)
@@ -147,6 +149,12 @@ class StepGate:
             return zero_grad(*args, **kwargs)
 
         optimizer.zero_grad = noted
+
+    def _join_found_inf(self, optimizer: Any) -> None:
+        """A scaler, which knows nothing of this step's size, has put its own in the place of ours."""
+        theirs = getattr(optimizer, "found_inf", None)
+        if self._found_inf is not None and theirs is not None and theirs is not self._found_inf:
+            optimizer.found_inf = torch.maximum(theirs, self._found_inf.to(theirs))
 
     def _forget_found_inf(self, optimizer: Any) -> None:
         """Torch would believe it at every later step. A scaler deletes its own itself."""

@@ -138,11 +138,17 @@ def must_not_skip_itself(optimizer: Any, is_sharded: bool = False) -> bool:
     )
 
 
-def must_be_read(nonfinite: str, optimizer: Any, has_scaler: bool, is_sharded: bool) -> bool:
-    """Whether the host must know the norm before the step: where nothing on the accelerator can leave it out."""
-    if nonfinite != "skip":
+def must_be_read(
+    nonfinite: str, optimizer: Any, has_scaler: bool, is_sharded: bool, skips_outliers: bool = False
+) -> bool:
+    """Whether the host must know the norm before the step: where nothing on the accelerator can leave it out.
+
+    A scaler leaves out what is not finite. What is finite and far too large it would leave out too, and back off.
+    """
+    if nonfinite == "raise" or (nonfinite == "ignore" and not skips_outliers):
         return nonfinite == "raise"
-    return not (has_scaler or steps_with_found_inf(optimizer)) or must_not_skip_itself(optimizer, is_sharded)
+    can_be_left_out = steps_with_found_inf(optimizer) or (has_scaler and not skips_outliers)
+    return not can_be_left_out or must_not_skip_itself(optimizer, is_sharded)
 
 
 def raise_if_nonfinite(
@@ -175,23 +181,21 @@ def _flag_of(is_finite: Tensor) -> Tensor:
 
 
 def skip_if_nonfinite(
-    is_finite: bool | Tensor,
-    parameters: Sequence[Tensor],
-    optimizer: Any,
-    gate: StepGate | None,
-    found_infs: list[Tensor] | None,
-) -> None:
-    """See to it that the coming step moves no weight if the norm is not finite: neither momentum nor weight decay.
+    is_finite: bool | Tensor, optimizer: Any, found_infs: list[Tensor] | None, is_outlier: bool | Tensor
+) -> bool | Tensor:
+    """Have a scaler leave the coming step out if the norm is not finite.
 
     Args:
         is_finite: Whether the norm is; a tensor where nobody may read it.
-        parameters: Those that step.
-        optimizer: Their optimizer; ``None`` if it is not known.
-        gate: Of the optimizer; ``None`` if that is not known.
+        optimizer: What steps; ``None`` if it is not known.
         found_infs: Where the scaler keeps whether it has found an infinity, if there is one.
+        is_outlier: Whether the step is to be left out for its size, which is nothing that a scaler should know.
+
+    Returns:
+        Whether somebody else must see to it that the step is left out.
     """
     if is_finite is True:
-        return
+        return is_outlier
     if found_infs:
         # Where it looks before the step. A norm beyond float32 is an infinity too, though no entry may be. The scaler
         # adds up what stands here, and fused kernels skip at exactly 1.
@@ -201,11 +205,24 @@ def skip_if_nonfinite(
         for other in others:
             other.zero_()
     if isinstance(is_finite, Tensor):
-        if found_infs is None and gate is not None and gate.has_hooks:
-            gate.leave_out_if(_flag_of(is_finite), optimizer)
-    elif found_infs is None or must_not_skip_itself(optimizer):
-        if gate is not None:
-            gate.leave_out(optimizer)
-        else:
-            for parameter in parameters:
-                parameter.grad = None
+        return is_outlier if found_infs is not None else is_finite.logical_not() | is_outlier
+    return found_infs is None or must_not_skip_itself(optimizer)
+
+
+def leave_out(is_bad: bool | Tensor, parameters: Sequence[Tensor], optimizer: Any, gate: StepGate | None) -> None:
+    """See to it that the coming step moves no weight if it is bad: neither momentum nor weight decay.
+
+    Args:
+        is_bad: Whether it is; a tensor where nobody may read it.
+        parameters: Those that step.
+        optimizer: Their optimizer; ``None`` if it is not known.
+        gate: Of the optimizer; ``None`` if that is not known.
+    """
+    if isinstance(is_bad, Tensor):
+        if gate is not None and gate.has_hooks:
+            gate.leave_out_if(_flag_of(is_bad.logical_not()), optimizer)
+    elif is_bad and gate is not None:
+        gate.leave_out(optimizer)
+    elif is_bad:
+        for parameter in parameters:
+            parameter.grad = None

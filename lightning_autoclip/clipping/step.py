@@ -23,6 +23,7 @@ class StepRecord(NamedTuple):
         threshold: The threshold of this step, in units of ``statistic``; ``inf`` while nothing is clipped.
         nonfinite_total: How many steps so far, this one included, had a NaN or an infinity in their gradient.
         max_norm: The norm after clipping that ``max_update_ratio`` allows; NaN where there is no such bound.
+        left_out: 1 if ``skip_above`` leaves the step out, which is not clipped then either; else 0.
         parameter_norms: L2 norm of each parameter's gradient before clipping, in the optimizer's order, 0 where there
             is none: floats, or a tensor of shape ``(n,)``. ``None`` where nobody measured it.
     """
@@ -33,4 +34,5 @@ class StepRecord(NamedTuple):
     threshold: Number
     nonfinite_total: Number
     max_norm: Number = math.nan
+    left_out: Number = 0.0
     parameter_norms: Numbers | None = None

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_autoclip._checks import check_choice, check_integer, check_positive
 from lightning_autoclip.clipping._numbers import Number, constant, single
 from lightning_autoclip.clipping.bound import StepBound
+from lightning_autoclip.clipping.outliers import Outliers
 from lightning_autoclip.clipping.policies import Policy, threshold_of, threshold_on_device
 from lightning_autoclip.clipping.record import History
 
@@ -30,6 +31,7 @@ class Threshold:
         warmup_steps: int = 0,
         max_threshold: float | None = None,
         max_update_ratio: float | None = None,
+        skip_above: float | None = None,
         nonfinite: NonFinite = "skip",
     ) -> None:
         if not isinstance(policy, Policy):
@@ -41,6 +43,7 @@ class Threshold:
         self.warmup_steps = check_integer("warmup_steps", warmup_steps, "an integer of at least 0", 0)
         self.max_threshold = math.inf if max_threshold is None else check_positive("max_threshold", max_threshold)
         self.bound = StepBound(math.inf if max_update_ratio is None else max_update_ratio)
+        self.outliers = Outliers(math.inf if skip_above is None else skip_above)
         self.history = History(window)
         self.steps = 0
         self.clipped_norm_every = 1  # steps, by value; the callback is content with a few per row
@@ -56,6 +59,7 @@ class Threshold:
             "warmup_steps": self.warmup_steps,
             "max_threshold": self.max_threshold if self.max_threshold < math.inf else None,
             "max_update_ratio": self.bound.ratio if self.bound.is_on else None,
+            "skip_above": self.outliers.times if self.outliers.is_on else None,
             "nonfinite": self.nonfinite,
         }
 
@@ -108,6 +112,11 @@ class Threshold:
         self._until_measured = 0
 
     @property
+    def nonfinite_so_far(self) -> Number:
+        """Likewise :attr:`nonfinite_total`, where the numbers of a step are."""
+        return self._nonfinite
+
+    @property
     def nonfinite_total(self) -> int:
         """How many steps so far had a NaN or an infinity in their gradient. Reads the host."""
         return int(self._nonfinite)
@@ -120,6 +129,7 @@ class Threshold:
             "nonfinite_total": self.nonfinite_total,
             "until_measured": self._until_measured,
             "weight_norms": self.bound.state_dict(),
+            "outliers_in_a_row": self.outliers.state_dict(),
             "history": self.history.state_dict(),
         }
 
@@ -133,7 +143,11 @@ class Threshold:
             ValueError: An entry is missing, damaged, or not one of this class, or the record is one of the other
                 ``gradient_clip_algorithm``, which has another unit.
         """
-        history, bound = History(self.history.window), StepBound(self.bound.ratio)
+        history, bound, outliers = (
+            History(self.history.window),
+            StepBound(self.bound.ratio),
+            Outliers(self.outliers.times),
+        )
         try:
             algorithm = check_choice(
                 "gradient_clip_algorithm", state_dict["gradient_clip_algorithm"], get_args(Algorithm)
@@ -142,6 +156,7 @@ class Threshold:
             nonfinite_total = check_integer("nonfinite_total", state_dict["nonfinite_total"], "a count", 0)
             until_measured = check_integer("until_measured", state_dict["until_measured"], "a count", 0)
             bound.load_state_dict(state_dict["weight_norms"])
+            outliers.load_state_dict(state_dict["outliers_in_a_row"])
             history.load_state_dict(state_dict["history"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"The state of a `GradientClipper` is damaged or not one: {error!r}.") from error
@@ -152,5 +167,5 @@ class Threshold:
                 f"The state's record was made with gradient_clip_algorithm={algorithm!r}, whose thresholds have another"
                 f" unit than those of {self.gradient_clip_algorithm!r}. Go on with that one, or with an empty record."
             )
-        self.history, self.bound, self.steps = history, bound, steps
+        self.history, self.bound, self.outliers, self.steps = history, bound, outliers, steps
         self._nonfinite, self._until_measured = float(min(nonfinite_total, steps)), until_measured

@@ -14,6 +14,7 @@ from lightning_autoclip.monitoring.held import NOTHING, Held
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Trace, by_module, shares_of
 
+_NUMBERS = 7  # of a `StepRecord` and of a `Point`, one after the other: all but the parameters' norms
 _MAX_ON_DEVICE = 1024  # records that may wait on the device, however far apart the rows are
 
 
@@ -30,6 +31,7 @@ class Recorder:
         layer_depth: The rows also carry the mean share of each module in the squared norm, of modules so many names
             deep; 0 for none.
         trace: Takes in every step, for report and plot.
+        skips: Whether steps can be left out for their size: the rows then carry ``skipped_total`` too.
 
     Attributes:
         max_update_ratio: The bound that the optimizer's steps have; ``None`` where they have none. With it the rows
@@ -44,9 +46,10 @@ class Recorder:
         every_step: bool = False,
         layer_depth: int = 0,
         trace: Trace | None = None,
+        skips: bool = False,
     ) -> None:
         self.prefix, self.by_value, self.every_step, self.layer_depth = prefix, by_value, every_step, layer_depth
-        self.trace = Trace() if trace is None else trace
+        self.trace, self.skips = Trace() if trace is None else trace, skips
         self.max_update_ratio: float | None = None
         self._on_device: list[tuple[tuple[int, int, int, int], StepRecord]] = []  # or on the host, of the CPU
         self.held = Held()
@@ -81,14 +84,14 @@ class Recorder:
             return
         places, records = zip(*self._on_device, strict=True)
         self._on_device = []
-        numbers: Any = [record[:6] for record in records]
+        numbers: Any = [record[:_NUMBERS] for record in records]
         norms: Any = [record.parameter_norms for record in records]
         if isinstance(records[0].norm, Tensor):
-            there = torch.stack([number for six in numbers for number in six]).view(len(records), -1)
+            there = torch.stack([number for those in numbers for number in those]).view(len(records), -1)
             there = there if norms[0] is None else torch.cat((there, torch.stack(norms)), 1)
             here = there.cpu()  # in one copy
-            numbers, norms = here[:, :6].tolist(), norms if norms[0] is None else here[:, 6:]
-        points = [self._point(place, six) for place, six in zip(places, numbers, strict=True)]
+            numbers, norms = here[:, :_NUMBERS].tolist(), norms if norms[0] is None else here[:, _NUMBERS:]
+        points = [self._point(place, those) for place, those in zip(places, numbers, strict=True)]
         squares = None if norms[0] is None else torch.as_tensor(norms, dtype=torch.float64, device="cpu").square()
         self.trace.extend(points, squares)
         for point in points:
@@ -168,6 +171,8 @@ class Recorder:
             "clip_coef_min": summary.clip_coef_min,
             "nonfinite_total": self.held.points[-1].nonfinite_total if self.held.points else math.nan,
         }
+        if self.skips:
+            row["skipped_total"] = self.trace.left_out if self.held.points else math.nan
         if self.by_value:
             row["grad_rms"] = latest.statistic
         if self.max_update_ratio is not None:

@@ -126,10 +126,17 @@ def _lines(section: Section) -> Iterator[str]:
     text = (
         f"{section.name}: {figures.steps:,} steps{clipped}; typical {section.measure} {figures.norm_first:.3g} in the"
         " first tenth,"
-        f" {figures.norm_last:.3g} in the last, threshold {figures.threshold:.3g}{_bound(section)}."
+        f" {figures.norm_last:.3g} in the last, threshold {figures.threshold:.3g}{_bound(section)}{_left_out(figures)}."
     )
     yield fill(text + ("" if section.verdicts else f" {_nothing(figures)}."), _WIDTH, subsequent_indent="  ")
     yield from (fill(f"  - {verdict}", _WIDTH, subsequent_indent="    ") for verdict in section.verdicts)
+
+
+def _left_out(figures: Figures) -> str:
+    """What to say of steps that were left out for their size."""
+    if not figures.left_out:
+        return ""
+    return f"; {figures.left_out:,} step{'s' if figures.left_out > 1 else ''} left out, far above the typical norm"
 
 
 def _bound(section: Section) -> str:

@@ -130,14 +130,17 @@ def _of_log(log: Log) -> RecordedRun:
         traces[prefix] = trace = Trace()
         steps = [row["step"] for row in found]
         longest = max((later - earlier for earlier, later in pairwise(steps)), default=steps[0] + 1)
-        last, nonfinite = max(-1.0, steps[0] - longest) if steps[0] + 1 > 2 * longest else -1.0, 0.0
+        last = max(-1.0, steps[0] - longest) if steps[0] + 1 > 2 * longest else -1.0
+        nonfinite = skipped = 0.0
         if any(f"{prefix}grad_rms" in row for row in found):
             settings["gradient_clip_algorithm"] = "value"
         for row in found:
             trace.bins.append(_bin(row, prefix, max(last, -1.0), row["step"], nonfinite))
+            trace.bins[-1].left_out = max(row.get(f"{prefix}skipped_total", 0.0) - skipped, 0.0)
             if math.isfinite(row[prefix + "grad_norm_max_step"]) and row[prefix + "grad_norm_max"] > 0:
                 trace.largest.append(_largest(row, prefix, trace.bins))
             last, nonfinite = row["step"], row[prefix + "nonfinite_total"]
+            skipped = row.get(f"{prefix}skipped_total", 0.0)
         trace.largest = sorted(trace.largest, key=lambda spike: -spike.point.norm)[:MOST_SPIKES]
         exact = [row[f"{prefix}step/grad_norm"] for row in rows if f"{prefix}step/grad_norm" in row]
         norms[prefix] = [norm for norm in exact if 0 < norm < math.inf]

@@ -33,6 +33,7 @@ class Point(NamedTuple):
     threshold: float
     nonfinite_total: float
     max_norm: float = math.nan
+    left_out: float = 0.0
     update_ratio: float = math.nan
 
     @property
@@ -50,9 +51,9 @@ class Point(NamedTuple):
     def clip_coef(self) -> float:
         """The factor by which clipping shrank the norm of the gradient, and with it the step: 1 where it did not.
 
-        NaN where the norm after clipping was not measured or the gradient not finite.
+        NaN where the norm after clipping was not measured, the gradient not finite, or the step left out.
         """
-        if math.isnan(self.clipped_norm) or not self.finite:
+        if math.isnan(self.clipped_norm) or not self.finite or self.left_out:
             return math.nan
         return 1.0 if self.clipped_norm >= self.norm else self.clipped_norm / self.norm
 
@@ -89,6 +90,7 @@ class Summary:
         bounded: At how many of these it shortened the step.
         updates: Sum of the natural logarithms of their update ratios, as `Point` has them.
         excess: Sum, over the steps that it shortened, of the logarithms of how many times the bound they exceeded.
+        left_out: How many steps ``skip_above`` left out; their norms count, what clipping would have done does not.
     """
 
     first: float = math.nan
@@ -111,6 +113,7 @@ class Summary:
     bounded: float = 0.0
     updates: float = 0.0
     excess: float = 0.0
+    left_out: float = 0.0
 
     @classmethod
     def of(cls, point: Point) -> Summary:
@@ -130,7 +133,8 @@ class Summary:
             summary.zero = 1.0
         if not math.isnan(coef := point.clip_coef):
             summary.measured, summary.clipped, summary.coefs, summary.coef_min = 1.0, float(coef < 1), coef, coef
-        if 0 < point.update_ratio < math.inf:
+        summary.left_out = point.left_out
+        if 0 < point.update_ratio < math.inf and not point.left_out:
             summary.weighed, summary.bounded = 1.0, float(point.is_bounded)
             summary.updates = math.log(point.update_ratio)
             summary.excess = math.log(point.norm / point.max_norm) if point.is_bounded else 0.0
@@ -170,6 +174,7 @@ class Summary:
         self.bounded += later.bounded
         self.updates += later.updates
         self.excess += later.excess
+        self.left_out += later.left_out
 
     def note_top(self, norm: float, count: float = 1.0) -> None:
         """Compare so many norms of one number, which is nothing if it is 0, with the largest one so far."""

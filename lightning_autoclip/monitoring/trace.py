@@ -45,6 +45,7 @@ class Spike:
             "times": self.times,
             "threshold": point.threshold,
             "clip_coef": point.clip_coef,
+            "left_out": bool(point.left_out),
             "parameters": names,
         }
 
@@ -120,6 +121,11 @@ class Trace:
             self.largest = sorted([*self.largest, spike], key=lambda spike: -spike.point.norm)[:MOST_SPIKES]
         else:
             self.nonfinite.append(spike)
+
+    @property
+    def left_out(self) -> float:
+        """How many steps were left out for their size."""
+        return sum(summary.left_out for summary in self.bins)
 
     @property
     def shares(self) -> dict[str, float]:

@@ -23,6 +23,7 @@ LOW_COEF = 0.1  # mean factor on the step
 AT_TOP = 0.1  # of the finite steps, to within `SAME` at one norm that is the largest ...
 LEAST_AT_TOP = 5  # ... and so many of them
 OVERFLOWS = 0.01  # of the steps, with a loss scaler
+LEFT_OUT = 0.01  # of the steps, by `skip_above`
 LEANS = 1 / 3  # of the steps, on `max_update_ratio`
 _START = 5  # bins (of one step each in a short run): the first steps
 _LAYERS = 99  # names deep: each layer by itself
@@ -53,6 +54,7 @@ class Figures:
     Attributes:
         steps: Number of optimizer steps.
         nonfinite: How many had a NaN or an infinity in their gradient.
+        left_out: How many `skip_above` left out for their size.
         clipped_fraction: Share of the steps that clipping changed, of those at which that is known; NaN if none.
         expected_fraction: What the percentile alone would lead to expect, of the steps after the warm-up, as a share of
             all; NaN for other policies.
@@ -75,6 +77,7 @@ class Figures:
 
     steps: int
     nonfinite: int
+    left_out: int
     clipped_fraction: float
     expected_fraction: float
     percentile: float
@@ -100,6 +103,7 @@ def figures_of(trace: Trace, settings: Mapping[str, Any]) -> Figures:
     return Figures(
         steps=int(run.steps),
         nonfinite=int(run.nonfinite),
+        left_out=int(run.left_out),
         clipped_fraction=run.clipped_fraction,
         expected_fraction=expected,
         percentile=percentile,
@@ -135,6 +139,7 @@ def _part(trace: Trace, start: float, end: float) -> Summary:
 def verdicts_of(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
     """What the figures may mean; with a loss scaler, some overflows mean nothing."""
     yield from _of_nonfinite(trace, figures, has_scaler)
+    yield from _of_left_out(trace, figures)
     yield from _of_clipping_before(Summary.merged(trace.bins))
     if figures.steps < LEAST_STEPS:
         return
@@ -160,6 +165,18 @@ def _of_nonfinite(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[
             + (f" in {where}." if where else "."),
             "Look at that batch, at what divides, takes a root or a logarithm there, and, if norms grew before it, at"
             " the learning rate.",
+        )
+
+
+def _of_left_out(trace: Trace, figures: Figures) -> Iterator[Verdict]:
+    if figures.left_out > max(1, LEFT_OUT * figures.steps):
+        those = [spike.point for spike in trace.largest if spike.point.left_out]
+        first = f", one of them at {_where(min(those))}" if those else ""
+        yield Verdict(
+            "many steps left out",
+            f"{figures.left_out} of {figures.steps} steps were left out for norms above `skip_above`{first}.",
+            "What is left out is not learned: look at these batches (`spikes()` lists the largest), lower the learning"
+            " rate, or raise `skip_above`.",
         )
 
 
