@@ -29,7 +29,7 @@ from lightning_autoclip.clipping.optimizers import (
     unwrapped,
     wrapped_in,
 )
-from lightning_autoclip.clipping.parts import Part, any_outlier, are_weighed, have_gradients, with_clipped_norms
+from lightning_autoclip.clipping.parts import any_outlier, are_weighed, have_gradients, parts_of, with_clipped_norms
 from lightning_autoclip.clipping.shards import Shard, are_shared
 from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.clipping.threshold import Threshold
@@ -203,12 +203,7 @@ def clip_together_(
         rates.read(measured.rates)
     norm = norm_of(norms := measured.norms)
     is_finite = norm < math.inf
-    parts = [
-        Part(clipper, positions, measured, norm)
-        if have_gradients(parameters, positions, gradients.shards is not None)
-        else None
-        for clipper, positions in clippers
-    ]
+    parts = parts_of(clippers, parameters, measured, norm, gradients.shards is not None)
     is_bad = is_outlier = any_outlier(parts, is_finite) if first.outliers.is_on else False
     records = [
         None if part is None else part.clip_(gradients, measured, rates, is_finite, is_outlier) for part in parts

@@ -80,6 +80,16 @@ class Part:
         )
 
 
+def parts_of(
+    owners: Owners, parameters: Sequence[Tensor], measured: Measured, norm: Number, are_shared: bool
+) -> list[Part | None]:
+    """Per threshold its part; ``None`` where none of its parameters has a gradient."""
+    return [
+        Part(threshold, own, measured, norm) if have_gradients(parameters, own, are_shared) else None
+        for threshold, own in owners
+    ]
+
+
 def any_outlier(parts: Sequence[Part | None], is_finite: bool | Tensor) -> bool | Tensor:
     """Whether the step is to be left out for the size of one part or more."""
     found: bool | Tensor = False
