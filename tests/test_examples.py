@@ -8,7 +8,9 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+import yaml
 from processes import ROOT, run_program
+from wandb_reader import read_runs
 
 FILES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -130,6 +132,29 @@ def test_the_plain_loop_leaves_overflows_to_its_scaler_and_resumes_from_its_file
     assert 1 <= overflowed < 10
     assert "weights equal: True" in output
     assert torch.load(tmp_path / "runs" / "plain_pytorch" / "half.pt", weights_only=True)["clipper"]["steps"] == 20
+
+
+def test_a_sweep_on_this_machine_ranks_percentiles_and_leaves_a_run_of_each(tmp_path):
+    output = run("sweep/main.py", "--loop", 50, 100, "--steps", 60, cwd=tmp_path)
+    (best, least), (worst, most) = re.findall(r"(?m)^ +(\d+)  ([\d.]+)$", output)
+    assert (best, worst) == ("50", "100")  # one target in 300 is far off
+    assert 10 * float(least) < float(most)
+    runs = read_runs(tmp_path / "runs" / "sweep")
+    policies = [run.config["lightning_autoclip"]["policy"]["percentile"] for run in runs]
+    assert sorted(policies) == [50, 100]
+    (pattern,) = re.findall(r"(?m)^send to W&B: wandb sync (.+)$", output)
+    assert len(list(tmp_path.glob(pattern))) == 2
+
+
+def test_the_program_of_the_sweep_takes_what_an_agent_calls_it_with(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sweep = yaml.safe_load((ROOT / "examples" / "sweep" / "sweep.yaml").read_text())
+    assert (sweep["program"], sweep["metric"]["name"]) == ("main.py", "val_loss")
+    chosen = [f"--{name}={entry['values'][0]}" for name, entry in sweep["parameters"].items()]
+    ended = run_program(ROOT / "examples" / "sweep" / "main.py", *chosen, "--steps", 20, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    (done,) = read_runs(tmp_path / "runs" / "sweep")
+    assert any("val_loss" in row for row in done.history)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
