@@ -4,9 +4,11 @@ import copy
 import math
 import os
 import pickle
+import shutil
 import signal
 import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,11 +86,17 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+@pytest.fixture(scope="module")
+def of_one_epoch(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "interrupted.ckpt"
+    fit(Net(), by_percentile(10, window=7)).save_checkpoint(path)
+    return path
+
+
 @pytest.fixture
-def interrupted(tmp_path):
-    """The checkpoint of one epoch: ten norms, of which a window of 7 holds the newest."""
-    fit(Net(), by_percentile(10, window=7)).save_checkpoint(tmp_path / "interrupted.ckpt")
-    return tmp_path / "interrupted.ckpt"
+def interrupted(of_one_epoch, tmp_path):
+    """The checkpoint of one epoch: ten norms, of which a window of 7 holds the newest. Each test may spoil its own."""
+    return Path(shutil.copy(of_one_epoch, tmp_path))
 
 
 def assert_resumes_as_if_uninterrupted(checkpoint, callback, resumed_by=None, model=Net, epochs=3):

@@ -284,7 +284,7 @@ def test_of_a_wandb_run_that_goes_on_the_report_says_that_nothing_is_on_disk_yet
 ) -> None:
     class Look(Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-            if trainer.global_step == 9:
+            if trainer.global_step == 1:  # before the first row, for W&B writes when it likes
                 capsys.readouterr()
                 assert main(["report", str(Path(trainer.logger.experiment.dir).parent)]) == 1
                 assert main(["suggest", str(Path(trainer.logger.experiment.dir).parent)]) == 1

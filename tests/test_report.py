@@ -408,11 +408,11 @@ def test_a_threshold_that_is_far_too_low_is_seen_in_steps_cut_to_a_fraction(algo
 @pytest.mark.parametrize("warmup_steps", [0, 60, 240, 1000])
 def test_clipping_is_expected_of_the_steps_after_the_warm_up_alone(warmup_steps, percentile):
     clipping = AutoClip(percentile, warmup_steps=warmup_steps)
-    train(clipping, "transformer", "AdamW", 2e-3)
+    train(clipping, "regression", "AdamW", 1e-4)  # so slow that the norms have one distribution all along
     figures = clipping.report().sections[0].figures
     expected = (1 - percentile / 100) * max(0, 240 - warmup_steps) / 240
     assert figures.expected_fraction == pytest.approx(expected)
-    assert abs(figures.clipped_fraction - expected) < 0.1
+    assert abs(figures.clipped_fraction - expected) < 0.05
     assert f"({expected:.0%} expected at percentile {percentile})" in " ".join(str(clipping.report()).split())
 
 
