@@ -9,14 +9,17 @@ WORKERS ?= 2
 test: lint types unit ## everything that a change must pass
 
 # uv resolves in a second what takes pip a minute, unpacks in parallel, and links in a second environment the files that the
-# first one has. It has settings of its own; what pip is told by these two it is told too.
+# first one has. It has settings of its own; of pip's, be they in the environment or in a file, it is told two.
 UV := .venv-uv/bin/uv
 export UV_HTTP_TIMEOUT ?= 180
-ifdef PIP_INDEX_URL
-export UV_DEFAULT_INDEX ?= $(PIP_INDEX_URL)
+pip_setting = $(shell $(PYTHON) -m pip config get $(1) 2>/dev/null)
+INDEX := $(or $(PIP_INDEX_URL),$(call pip_setting,global.index-url))
+LINKS := $(or $(PIP_FIND_LINKS),$(call pip_setting,global.find-links))
+ifdef INDEX
+export UV_DEFAULT_INDEX ?= $(INDEX)
 endif
-ifdef PIP_FIND_LINKS
-export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+ifdef LINKS
+export UV_FIND_LINKS ?= $(LINKS)
 endif
 venv = $(UV) venv --quiet --seed --allow-existing --python $(PYTHON) $(@D)
 install = $(UV) pip install --quiet --python $(@D)/bin/python -c
