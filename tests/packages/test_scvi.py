@@ -1,0 +1,50 @@
+"""The callback in scvi-tools."""
+
+from __future__ import annotations
+
+import pytest
+import scvi
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from packages_page import assert_goes_on, assert_logged
+
+from lightning_autoclip import AutoClip
+
+SECTION = "scvi-tools"
+
+
+@pytest.fixture(scope="module")
+def page(run_page):
+    torch.manual_seed(0)
+    return run_page(adata=scvi.data.synthetic_iid(batch_size=128, n_genes=20))
+
+
+def test_every_step_is_recorded_and_a_record_that_is_carried_goes_on(page):
+    (first,), (second,) = page["autoclip"].clippers, page["again"].clippers
+    assert first.steps == page["vae"].trainer.global_step > 0
+    assert_goes_on(second, first)
+    assert second.steps == first.steps + page["loaded"].trainer.global_step
+
+
+def test_the_history_of_the_model_has_the_rows(page):
+    (first,) = page["autoclip"].clippers
+    assert page["vae"].history["autoclip/grad_norm"].iloc[-1].item() == pytest.approx(first.history.recorded[-1].item())
+
+
+def test_another_logger_is_told_the_steps(page):
+    callback, logger = AutoClip(verbose=False), CSVLogger(page["folder"] / "csv")
+    page["vae"].train(max_epochs=1, callbacks=[callback], logger=logger, log_every_n_steps=1)
+    assert_logged(logger.log_dir, callback.clippers[0])
+
+
+def test_a_second_fit_of_one_callback_begins_a_new_record(page):
+    callback = AutoClip(verbose=False)
+    for _ in range(2):
+        page["vae"].train(max_epochs=1, callbacks=[callback])
+        assert callback.clippers[0].steps == page["vae"].trainer.global_step
+
+
+def test_training_adds_to_the_list_of_callbacks_that_it_is_given(page):
+    given = [AutoClip(verbose=False)]
+    page["vae"].train(max_epochs=1, callbacks=given)
+    assert len(given) > 1
