@@ -7,6 +7,7 @@ import pytest
 from darts import TimeSeries
 from darts.models import BlockRNNModel
 from packages_page import assert_goes_on, assert_logged
+from pytorch_lightning.loggers import CSVLogger
 
 from lightning_autoclip import AutoClip
 
@@ -44,6 +45,14 @@ def test_safe_loading_refuses_the_callback_by_name(page):
     page["model"].save("model.pt")
     with pytest.raises(Exception, match=r"lightning_autoclip.autoclip.AutoClip` is not allow-listed"):
         BlockRNNModel.load("model.pt")
+
+
+def test_a_logger_object_is_refused_likewise(page):
+    logger = CSVLogger("logs")
+    other = BlockRNNModel(12, 4, pl_trainer_kwargs={"logger": logger})
+    other.save("other.pt")
+    with pytest.raises(Exception, match=r"CSVLogger` is not allow-listed"):
+        BlockRNNModel.load("other.pt")
 
 
 def test_a_trusted_file_loads_and_a_fit_after_it_begins_a_new_record(page):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pickle import UnpicklingError
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -48,6 +50,15 @@ def test_a_resumed_run_goes_on_with_the_record_and_logs_it(page, loader):
     assert clipper.steps == page["trainer"].global_step == 4 * len(loader)
     assert_goes_on(clipper, page["first"].clippers[0])
     assert_logged(page["trainer"].log_dir, clipper)
+
+
+def test_a_checkpoint_is_refused_by_weights_only_without_the_callback_too(training, loader, tmp_path):
+    model = TemporalFusionTransformer.from_dataset(training, hidden_size=8)
+    trainer = Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    trainer.fit(model, loader)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(UnpicklingError, match="weights_only"):
+        TemporalFusionTransformer.load_from_checkpoint(tmp_path / "plain.ckpt", weights_only=True)
 
 
 def test_the_learning_rate_finder_runs_without_the_callback(training, loader, capsys):

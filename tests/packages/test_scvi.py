@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import scvi
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from packages_page import assert_goes_on, assert_logged
+from scvi.external import VELOVI
 
 from lightning_autoclip import AutoClip
 
@@ -48,3 +50,14 @@ def test_training_adds_to_the_list_of_callbacks_that_it_is_given(page):
     given = [AutoClip(verbose=False)]
     page["vae"].train(max_epochs=1, callbacks=given)
     assert len(given) > 1
+
+
+def test_a_model_that_clips_by_itself_is_refused_until_it_is_told_not_to(page):
+    adata, callback = page["adata"].copy(), AutoClip(verbose=False)
+    adata.layers["spliced"] = adata.layers["unspliced"] = adata.X.astype("float32")
+    VELOVI.setup_anndata(adata, spliced_layer="spliced", unspliced_layer="unspliced")
+    velovi = VELOVI(adata, n_hidden=16)
+    with pytest.raises(MisconfigurationException, match=r"gradient_clip_val=10\)` and `AutoClip` would both clip"):
+        velovi.train(max_epochs=1, callbacks=[callback])
+    velovi.train(max_epochs=2, gradient_clip_val=None, callbacks=[callback])
+    assert callback.clippers[0].steps == velovi.trainer.global_step > 0
