@@ -1,4 +1,4 @@
-.PHONY: test lint types unit test-deepspeed test-oldest test-zoo demo bench study study-quick fuzz docs dist clean
+.PHONY: test lint types unit test-deepspeed test-oldest test-zoo test-packages demo bench study study-quick fuzz docs dist clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -71,6 +71,33 @@ test-oldest: .venv-oldest/ready ## the oldest versions of Lightning and torchmet
 
 test-zoo: .venv-zoo/ready ## models of transformers and timm, built from configs
 	.venv-zoo/bin/python examples/model_zoo.py
+
+# Packages that train with Lightning. Those of the second environment need torchvision, and run on a newer torch.
+PACKAGES := pytorch-forecasting==1.8.0 darts==0.48.1 neuralforecast==3.3.0 ray[train]==2.60.0 scvi-tools==1.4.2 \
+	chemprop==2.3.1 optuna==5.0.0
+VISION_PACKAGES := lightly==1.6.0 anomalib==2.7.0 torchgeo==0.8.1
+
+.venv-packages/ready: Makefile pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-packages
+	grep -E '^(lightning|pytorch-lightning|torch|torchmetrics)==' constraints.txt > .venv-packages/constraints.txt
+	.venv-packages/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-packages/constraints.txt torch
+	.venv-packages/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-packages/constraints.txt \
+		-e . pytest tensorboard optuna-integration==5.0.0 $(PACKAGES)
+	touch $@
+
+.venv-packages-vision/ready: Makefile pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-packages-vision
+	grep -E '^(lightning|pytorch-lightning|torchmetrics)==' constraints.txt > .venv-packages-vision/constraints.txt
+	printf 'torch==2.14.1\ntorchvision==0.29.1\n' >> .venv-packages-vision/constraints.txt
+	.venv-packages-vision/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c .venv-packages-vision/constraints.txt torch torchvision
+	.venv-packages-vision/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c .venv-packages-vision/constraints.txt -e . pytest tensorboard requests $(VISION_PACKAGES)
+	touch $@
+
+test-packages: .venv-packages/ready .venv-packages-vision/ready ## the callback in packages that train with Lightning
+	.venv-packages/bin/pytest -q tests/packages
+	.venv-packages-vision/bin/pytest -q tests/packages
 
 demo: $(READY) ## train the example three times and draw what clipping did
 	$(BIN)/python examples/char_lm.py
