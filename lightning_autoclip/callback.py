@@ -61,8 +61,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             own: ``"param_groups"`` for those of the optimizer, or patterns of parameter names by the group's name, such
             as ``{"encoder": "encoder.*", "heads": ["policy.*", "value.*"]}``; ``rest`` is what none of them matches.
         log_every_step: Also log the exact series ``autoclip/step/grad_norm`` and ``autoclip/step/threshold``.
-        log_layers: Also log each module's mean share in the squared norm, from 0 to 1, under ``autoclip_layers/``: of
-            modules two names deep, or as many as the number says.
+        log_layers: Also log each module's mean share in the squared norm, from 0 to 1, under ``autoclip_layers/``, and
+            its mean norm, under ``autoclip_layers_norm/``: of modules two names deep, or as many as the number says.
         log_histogram: Also log a histogram of the norms per row, to Weights & Biases.
         alert_above: Send a W&B alert when a norm is so many times the typical one of the steps before, at least 1, as
             the report's verdict "spikes" measures it, and, without a loss scaler, one of its own when it is not finite;

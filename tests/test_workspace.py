@@ -67,7 +67,7 @@ def test_it_shows_what_is_logged_of_each_optimizer(optimizers: Sequence[str], na
 def test_the_layers_of_each_optimizer_have_a_panel(optimizers: Sequence[str], names: list[str]) -> None:
     plots = configs(spec_of(create_workspace(ENTITY, "project", optimizers=optimizers, save=False)))
     patterns = [plot["metricRegex"] for plot in plots if plot.get("useMetricRegex")]
-    keys = [[key for key in logged(name) if "layers" in key] for name in names]
+    keys = [[key for key in logged(name) if "layers/" in key] for name in names]
     assert keys == [[f"autoclip_layers/{name}net.{i}" for i in (0, 2)] for name in names]
     every = [key for name in names for key in logged(name)]
     assert [[key for key in every if re.search(pattern, key)] for pattern in patterns] == keys
