@@ -23,8 +23,14 @@ OPTIMIZERS = pytest.mark.parametrize(
     ids=["one optimizer", "one that is named", "two optimizers"],
 )
 METRICS = [
-    *(["grad_norm", "threshold"], ["grad_norm_max", "threshold"], ["clipped_fraction"]),
-    *(["clip_coef_mean", "clip_coef_min"], ["bounded_fraction"], ["update_ratio"], ["nonfinite_total"]),
+    *(["grad_norm", "threshold"], ["grad_norm_max", "threshold"], ["grad_norm_mean", "grad_norm_clipped"]),
+    *(
+        ["clipped_fraction"],
+        ["clip_coef_mean", "clip_coef_min"],
+        ["bounded_fraction"],
+        ["update_ratio"],
+        ["nonfinite_total"],
+    ),
 ]
 
 
@@ -99,7 +105,7 @@ def test_what_is_saved_is_what_was_built(
     assert (view["entityName"], view["projectName"], view["type"]) == (ENTITY, "project", "project-view")
     assert view["displayName"] == "Gradient clipping"
     assert json.loads(view["spec"]) == spec_of(workspace)
-    assert len(configs(json.loads(view["spec"]))) == 8 * len(names) + 1
+    assert len(configs(json.loads(view["spec"]))) == 9 * len(names) + 1
     assert server.views[1]["id"] == "view-1"
 
 

@@ -22,6 +22,8 @@ class Held:
         summary: Of these steps, as the following.
         latest: The last finite one; without any, the last one.
         largest: The one with the largest norm.
+        clipped_total: Sum of the norms after clipping, of the finite steps at which that is known.
+        clipped_steps: How many these are.
         share_sums: Sums of the parameters' shares in the squared norm, by name.
         share_steps: Of how many steps.
         norm_sums: Sums of the modules' norms over the finite steps, by name.
@@ -33,6 +35,7 @@ class Held:
         self.told = 0
         self.summary = Summary()
         self.latest = self.largest = NOTHING
+        self.clipped_total, self.clipped_steps = 0.0, 0
         self.share_sums: dict[str, float] = {}
         self.share_steps = 0
         self.norm_sums: dict[str, float] = {}
@@ -46,6 +49,14 @@ class Held:
             self.latest = point
         if point.finite and not point.norm <= self.largest.norm:  # which is NaN at first
             self.largest = point
+        if point.finite and not math.isnan(point.clipped_norm):
+            self.clipped_total += min(point.clipped_norm, point.norm)
+            self.clipped_steps += 1
+
+    @property
+    def clipped_mean(self) -> float:
+        """Mean norm after clipping, of the steps at which that is known; NaN if it is of none."""
+        return self.clipped_total / self.clipped_steps if self.clipped_steps else math.nan
 
     def add_shares(self, names: Sequence[str], sums: Sequence[float], steps: int) -> None:
         """Take in the shares of parameters, summed up over some steps."""

@@ -163,6 +163,7 @@ class Recorder:
             "grad_norm_mean": summary.mean,
             "grad_norm_max": largest.norm,
             "grad_norm_max_step": float(largest.step) if largest.finite else math.nan,
+            "grad_norm_clipped": self.held.clipped_mean,
             "threshold": latest.threshold,
             "clipped_fraction": summary.clipped_fraction,
             "clip_coef_mean": summary.clip_coef_mean,

@@ -12,6 +12,7 @@ _X = "trainer/global_step"  # the loggers' step; the client's own "Step" counts 
 _PANELS: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("Gradient norm and threshold", ("grad_norm", "threshold"), {"log_y": True}),
     ("Largest gradient norm", ("grad_norm_max", "threshold"), {"log_y": True}),
+    ("Mean norm before and after clipping", ("grad_norm_mean", "grad_norm_clipped"), {"log_y": True}),
     ("Steps that were clipped", ("clipped_fraction",), {"range_y": (0.0, 1.0)}),
     ("Factor on the gradient", ("clip_coef_mean", "clip_coef_min"), {"range_y": (0.0, 1.0)}),
     ("Steps bounded by the weights, with SGD", ("bounded_fraction",), {"range_y": (0.0, 1.0)}),
