@@ -222,13 +222,13 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
     @in_a_loop
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left and what it amounts to; warn of optimizers that stepped past the callback."""
-        self._telling.end(trainer, self.report, self.spikes)
+        self._telling.end(trainer, self.report)
         if self._clipping is not None:
             self._clipping.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log what is left, and print the report, before the run ends."""
-        self._telling.break_off(trainer, self.report, self.spikes)
+        self._telling.break_off(trainer, self.report)
 
     @in_a_loop
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -318,11 +318,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             ``clip_coef`` and ``parameters`` (those with the largest shares of the squared norm, or those that were
             not finite).
         """
-        return [
-            {"optimizer": prefix.strip("/"), **spike.to_dict()}
-            for prefix, trace in self.traces.items()
-            for spike in [*trace.nonfinite, *trace.largest]
-        ]
+        return self._scopes.spikes()
 
     def plot(self) -> Figure:
         """Norms on a log scale, thresholds, clipped and non-finite steps, the largest norms: needs matplotlib."""
