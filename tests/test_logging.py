@@ -511,7 +511,12 @@ def test_wandb_knows_each_metric_by_name_and_the_settings(tmp_path: Path, prefix
     (run,), name = read_runs(tmp_path), f"{prefix}-autoclip/".lstrip("-")
     logged = {key for row in run.history for key in row if "autoclip" in key and "/spikes" not in key}
     assert logged == {name + key for key in [*KEYS, "step/grad_norm", "step/threshold"]}
-    assert logged == {metric.name for metric in run.metrics if "autoclip" in metric.name}
+    tables = {metric.name: metric for metric in run.metrics if "/spikes." in metric.name}
+    assert {*tables} == {f"{name}spikes.{number}" for number in ("ncols", "nrows", "size")}
+    assert all(metric.options.hidden for metric in tables.values())
+    assert logged == {metric.name for metric in run.metrics if "autoclip" in metric.name} - tables.keys()
+    hidden = {metric.name for metric in run.metrics if metric.options.hidden and metric.name not in tables}
+    assert hidden == {f"{name}grad_norm_max_step"}
     assert not any("autoclip" in metric.glob_name for metric in run.metrics)
     for metric in run.metrics:
         if metric.name in logged:
@@ -545,7 +550,8 @@ def test_wandb_knows_metrics_that_join_in_mid_fit_as_it_knows_the_others(tmp_pat
     wandb.finish()
     (run,) = read_runs(tmp_path)
     ours = {key for row in run.history for key in row if key.startswith("autoclip") and "/spikes" not in key}
-    assert ours == {metric.name.replace("\\.", ".") for metric in run.metrics if metric.name.startswith("autoclip")}
+    named = {metric.name.replace("\\.", ".") for metric in run.metrics if metric.name.startswith("autoclip")}
+    assert ours == {name for name in named if "/spikes." not in name}
     late = "autoclip/late/grad_norm" if groups else "autoclip_layers/net.2"
     for key in (late, late.replace("late", "early").replace("net.2", "net.0")):
         values = [row[key] for row in run.history if key in row]
