@@ -61,8 +61,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             own: ``"param_groups"`` for those of the optimizer, or patterns of parameter names by the group's name, such
             as ``{"encoder": "encoder.*", "heads": ["policy.*", "value.*"]}``; ``rest`` is what none of them matches.
         log_every_step: Also log the exact series ``autoclip/step/grad_norm`` and ``autoclip/step/threshold``.
-        log_layers: Also log each module's mean share in the squared norm, from 0 to 1, under ``autoclip_layers/``: of
-            modules two names deep, or as many as the number says.
+        log_layers: Also log each module's mean share in the squared norm, from 0 to 1, under ``autoclip_layers/``, and
+            its mean norm, under ``autoclip_layers_norm/``: of modules two names deep, or as many as the number says.
         log_histogram: Also log a histogram of the norms per row, to Weights & Biases.
         alert_above: Send a W&B alert when a norm is so many times the typical one, at least 1, as the verdict "spikes"
             measures it, and without a loss scaler one of its own when it is not finite; at most every 10 minutes each.
@@ -223,13 +223,13 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
     @in_a_loop
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left and what it amounts to; warn of optimizers that stepped past the callback."""
-        self._telling.end(trainer, self.report, self.spikes)
+        self._telling.end(trainer, self.report)
         if self._clipping is not None:
             self._clipping.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log what is left, and print the report, before the run ends."""
-        self._telling.break_off(trainer, self.report, self.spikes)
+        self._telling.break_off(trainer, self.report)
 
     @in_a_loop
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -319,11 +319,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             ``clip_coef`` and ``parameters`` (those with the largest shares of the squared norm, or those that were
             not finite).
         """
-        return [
-            {"optimizer": prefix.strip("/"), **spike.to_dict()}
-            for prefix, trace in self.traces.items()
-            for spike in [*trace.nonfinite, *trace.largest]
-        ]
+        return self._scopes.spikes()
 
     def plot(self) -> Figure:
         """Norms on a log scale, thresholds, clipped and non-finite steps, the largest norms: needs matplotlib."""

@@ -47,6 +47,14 @@ class Scopes:
         """What happened, by prefix."""
         return {prefix: scope.trace for prefix, scope in self._by_prefix.items()}
 
+    def spikes(self) -> list[dict[str, Any]]:
+        """The first steps of each scope that were not finite, then its largest: the rows of the spike table."""
+        return [
+            {"optimizer": prefix.strip("/"), **spike.to_dict()}
+            for prefix, trace in self.traces.items()
+            for spike in [*trace.nonfinite, *trace.largest]
+        ]
+
     def forget(self) -> None:
         """Start with empty records."""
         self._by_prefix, self.optimizers = {}, []

@@ -52,13 +52,14 @@ class Telling:
         self._has_told = False  # in this fit
         self._is_open = False  # whether there is a fit whose end is to be told of
         self._defined = set[str]()  # keys that the loggers know of
+        self._table = loggers.SpikesInTime()
 
     def begin(self, trainer: Trainer) -> None:
         """Say what will be logged. From now on ``trainer.callback_metrics`` has the figures of the latest step."""
         self._batches, self._told, self._has_told = 0, self._scopes.total("nonfinite_total"), False
         self._is_open = True
         live.show(trainer, self._scopes.figures)
-        self._defined = set[str]()
+        self._defined, self._table = set[str](), loggers.SpikesInTime()
         self._define(trainer)
         hparams, step = getattr(trainer.lightning_module, "hparams", {}), _step(trainer)
         loggers.describe(_loggers(trainer), self._settings.to_log(), hparams, step)
@@ -93,6 +94,7 @@ class Telling:
         options = {"alert_nonfinite": not self._settings.has_scaler, **self._options}
         for scope, _, points in parts:
             loggers.illustrate(told, scope.recorder.prefix, points, scope.trace, **options)
+        self._table.after_row(told, [(scope.trace, points) for scope, _, points in parts], self._scopes.spikes)
         if not self._has_told:
             self._warn_of_nonfinite()
 
@@ -111,17 +113,15 @@ class Telling:
         every = log_every(trainer) or _ROWS_WITHOUT_LOGGING
         return any(scope.recorder.is_due(every) for scope in self._scopes)
 
-    def end(self, trainer: Trainer, report: Callable[[], Report], spikes: Callable[[], list[dict[str, Any]]]) -> None:
+    def end(self, trainer: Trainer, report: Callable[[], Report]) -> None:
         """Log what is left and what it amounts to, print the report, warn of what went past."""
         self.flush(trainer)
         self._warn_of_nonfinite()
-        self._sum_up(trainer, report, spikes)
+        self._sum_up(trainer, report)
         if self._batches:
             self._warn_of_steps(has_ended=True)
 
-    def break_off(
-        self, trainer: Trainer, report: Callable[[], Report], spikes: Callable[[], list[dict[str, Any]]]
-    ) -> None:
+    def break_off(self, trainer: Trainer, report: Callable[[], Report]) -> None:
         """Likewise of a fit that ends with an exception, which is the one to be shown."""
         if not self._is_open:
             return  # it is not of a fit, or one that was told of
@@ -129,27 +129,23 @@ class Telling:
             self.flush(trainer)
         except Exception as error:  # the device or the disk may be what failed
             rank_zero_warn(f"`{self._name}` could not log its last rows: {error}")
-        self._sum_up(trainer, report, spikes)
+        self._sum_up(trainer, report)
 
-    def _sum_up(
-        self, trainer: Trainer, report: Callable[[], Report], spikes: Callable[[], list[dict[str, Any]]]
-    ) -> None:
+    def _sum_up(self, trainer: Trainer, report: Callable[[], Report]) -> None:
         quick = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
         self._is_open = False
         try:
-            self.conclude(trainer, report, spikes)
+            self.conclude(trainer, report)
             if self._verbose and trainer.is_global_zero and not quick and (report().sections or self._batches):
                 print(f"\n{report()}")  # below the progress bar
         except Exception as error:  # nothing that is only told may fail a training that is done
             rank_zero_warn(f"`{self._name}` could not print its report: {error!r}")
 
-    def conclude(
-        self, trainer: Trainer, report: Callable[[], Report], spikes: Callable[[], list[dict[str, Any]]]
-    ) -> None:
+    def conclude(self, trainer: Trainer, report: Callable[[], Report]) -> None:
         """Log the spike table, and to W&B the report's verdicts."""
         if told := _loggers(trainer):
             health = report().summary if self._scopes else None
-            loggers.conclude(told, spikes(), health, _step(trainer))
+            loggers.conclude(told, self._scopes.spikes(), health, _step(trainer), self._table.shown)
 
     def warn_if_trained_elsewhere(self, trainer: Trainer) -> None:
         """Warn of a checkpoint of a process that has seen no step since others have made them."""

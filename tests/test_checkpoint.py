@@ -285,6 +285,8 @@ DAMAGES = {
     f"{HELD}.told": [None, -1, 1000, 1.0, True],
     f"{HELD}.share_sums": [None, {"a": 1}, {1: 1.0}, [1]],
     f"{HELD}.share_steps": [None, -1, 1.0],
+    f"{HELD}.norm_sums": [None, {"a": 1.0}, {1: 1.0}, [1]],
+    f"{HELD}.norm_steps": [None, {"a": 1}, [1]],
     CLIPPER: [None, {}, [1]],
     f"{CLIPPER}.steps": [-1, 1.0, None, "1", True],
     f"{CLIPPER}.nonfinite_total": [-1, 1.0, None, "1"],

@@ -503,7 +503,9 @@ def logged(tmp_path):
 def test_rows_and_layers_of_each_group_stand_under_its_name(logged):
     rows = read_csv(logged[1] / "run" / "metrics.csv")
     keys = {key for row in rows for key in row if "autoclip" in key}
-    assert {key for key in keys if "layers" in key} == {"autoclip_layers/first/net.0", "autoclip_layers/rest/net.2"}
+    layers = ("first/net.0", "rest/net.2")
+    sections = ("autoclip_layers", "autoclip_layers_norm")
+    assert {key for key in keys if "layers" in key} == {f"{each}/{layer}" for each in sections for layer in layers}
     assert {key.rpartition("/")[0] + "/" for key in keys if "layers" not in key} == {
         *KEYS,
         *(f"{key}step/" for key in KEYS),

@@ -63,7 +63,7 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         metrics = trainer.callback_metrics.items()
-        self.rows.append({key: float(value) for key, value in metrics if key.startswith("autoclip_layers/")})
+        self.rows.append({key: float(value) for key, value in metrics if key.startswith("autoclip_layers")})
 
 
 def sgd(parameters: Any) -> SGD:

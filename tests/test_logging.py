@@ -39,7 +39,7 @@ Row = dict[str, float]
 
 WINDOW = 8  # shorter than the runs, so that norms leave the record too
 KEYS = [
-    *("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "threshold"),
+    *("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "grad_norm_clipped", "threshold"),
     *("clipped_fraction", "clip_coef_mean", "clip_coef_min", "nonfinite_total"),
 ]
 SETTINGS = {
@@ -157,7 +157,8 @@ def figures(
         coefs = (after / norm[steps])[steps % measured == 0]
         last, largest = norm[steps[-1]], steps[norm[steps].argmax()]
         nonfinite = (~np.isfinite(norm[: end + 1])).sum()
-        rows[end] = [last, norm[steps].mean(), norm[largest], largest, threshold[steps[-1]]]
+        known = after[steps % measured == 0].mean()
+        rows[end] = [last, norm[steps].mean(), norm[largest], largest, known, threshold[steps[-1]]]
         rows[end] += [(coefs < 1).mean(), coefs.mean(), coefs.min(), nonfinite, statistic[steps[-1]]]
     keys = [*KEYS, "grad_rms"] if entries else KEYS
     return {key: {end: float(row[i]) for end, row in rows.items()} for i, key in enumerate(keys)}
@@ -197,6 +198,7 @@ def test_by_value_every_row_knows_what_clipping_did(tmp_path: Path, save_every: 
     ours = [row for row in rows(tmp_path) if "autoclip/grad_norm" in row]
     assert [row["step"] for row in ours] == [46, 47]
     assert all(math.isfinite(row["autoclip/clip_coef_mean"]) for row in ours)
+    assert all(math.isfinite(row["autoclip/grad_norm_clipped"]) for row in ours)
 
 
 @pytest.mark.parametrize(("every", "measured"), [(1, 1), (5, 1), (20, 4), (50, 10), (500, 10), (0, 10)])
@@ -509,7 +511,12 @@ def test_wandb_knows_each_metric_by_name_and_the_settings(tmp_path: Path, prefix
     (run,), name = read_runs(tmp_path), f"{prefix}-autoclip/".lstrip("-")
     logged = {key for row in run.history for key in row if "autoclip" in key and "/spikes" not in key}
     assert logged == {name + key for key in [*KEYS, "step/grad_norm", "step/threshold"]}
-    assert logged == {metric.name for metric in run.metrics if "autoclip" in metric.name}
+    tables = {metric.name: metric for metric in run.metrics if "/spikes." in metric.name}
+    assert {*tables} == {f"{name}spikes.{number}" for number in ("ncols", "nrows", "size")}
+    assert all(metric.options.hidden for metric in tables.values())
+    assert logged == {metric.name for metric in run.metrics if "autoclip" in metric.name} - tables.keys()
+    hidden = {metric.name for metric in run.metrics if metric.options.hidden and metric.name not in tables}
+    assert hidden == {f"{name}grad_norm_max_step"}
     assert not any("autoclip" in metric.glob_name for metric in run.metrics)
     for metric in run.metrics:
         if metric.name in logged:
@@ -543,7 +550,8 @@ def test_wandb_knows_metrics_that_join_in_mid_fit_as_it_knows_the_others(tmp_pat
     wandb.finish()
     (run,) = read_runs(tmp_path)
     ours = {key for row in run.history for key in row if key.startswith("autoclip") and "/spikes" not in key}
-    assert ours == {metric.name.replace("\\.", ".") for metric in run.metrics if metric.name.startswith("autoclip")}
+    named = {metric.name.replace("\\.", ".") for metric in run.metrics if metric.name.startswith("autoclip")}
+    assert ours == {name for name in named if "/spikes." not in name}
     late = "autoclip/late/grad_norm" if groups else "autoclip_layers/net.2"
     for key in (late, late.replace("late", "early").replace("net.2", "net.0")):
         values = [row[key] for row in run.history if key in row]
@@ -635,7 +643,9 @@ def test_a_row_can_be_read_at_every_step() -> None:
         figures = [finite[-1], finite.mean(), finite.max()] if len(finite) else 3 * [math.nan]
         assert [*row.values()][:3] == pytest.approx(figures, nan_ok=True)
         figures = [np.mean([coef < 1 for coef in coefs]), np.mean(coefs), min(coefs)] if coefs else 3 * [math.nan]
-        assert [row[f"autoclip/{key}"] for key in KEYS[5:8]] == pytest.approx(figures, nan_ok=True)
+        assert [row[f"autoclip/{key}"] for key in KEYS[6:9]] == pytest.approx(figures, nan_ok=True)
+        after = np.minimum(finite, 2.5).mean() if len(finite) else math.nan
+        assert row["autoclip/grad_norm_clipped"] == pytest.approx(after, nan_ok=True)
         first = norms.index(finite.max(), 7 if step >= 7 else 0) if len(finite) else math.nan
         assert row["autoclip/grad_norm_max_step"] == pytest.approx(first, nan_ok=True)
 

@@ -299,6 +299,8 @@ def test_parameters_without_a_gradient_have_no_share(form: str, algorithm: str, 
     for row in layer_rows(tmp_path):
         assert (row["autoclip_layers/frozen"], row["autoclip_layers/unused"]) == (0, 0)
         assert row["autoclip_layers/net"] == pytest.approx(1)
+        assert (row["autoclip_layers_norm/frozen"], row["autoclip_layers_norm/unused"]) == (0, 0)
+        assert row["autoclip_layers_norm/net"] == pytest.approx(row["autoclip/grad_norm_mean"])
 
 
 @ALGORITHMS
@@ -420,6 +422,7 @@ class Deep(Net):
         return super().loss([self.body[1]["out"](self.body[0](x)) * self.factor, y, scale])
 
 
+LAYERS = ("autoclip_layers", "autoclip_layers_norm")  # the sections of shares and of norms
 MODULES = {
     1: {"net": r"net\.", "body": r"body\.", "factor": "factor"},
     2: {
@@ -444,19 +447,33 @@ def layer_rows(directory: Path) -> list[dict[str, float]]:
     (path,) = directory.rglob("metrics.csv")
     with path.open() as file:
         rows = [row for row in csv.DictReader(file) if any(row[key] for key in row if key.endswith("/nonfinite_total"))]
-    known = [{key: value for key, value in row.items() if value or "autoclip_layers/" in key} for row in rows]
+    known = [{key: value for key, value in row.items() if value or "autoclip_layers" in key} for row in rows]
     found = [{key: float(value or math.nan) for key, value in row.items()} for row in known]
-    return [row for row in found if any(key.startswith("autoclip_layers/") for key in row)]
+    return [row for row in found if any(key.startswith("autoclip_layers") for key in row)]
+
+
+def layer_keys(rows: Sequence[dict[str, float]]) -> set[str]:
+    return {key for row in rows for key in row if key.startswith("autoclip_layers")}
+
+
+def mean_norms(steps: Sequence[Step], modules: dict[str, str]) -> dict[str, float]:
+    """The mean norm of each module over the finite steps."""
+    finite = [step for step in steps if math.isfinite(step.norm)]
+    squares = {
+        module: [sum(x for name, x in step.squares.items() if re.match(pattern, name)) for step in finite]
+        for module, pattern in modules.items()
+    }
+    return {module: float(np.mean(np.sqrt(each))) if finite else math.nan for module, each in squares.items()}
 
 
 @pytest.mark.parametrize(
     ("log_layers", "accumulate"), [(1, 1), (True, 1), (2, 3), (3, 1)], ids=["1", "True", "2-accumulating", "3"]
 )
-def test_rows_of_layers_are_the_mean_shares_of_their_window(
+def test_rows_of_layers_are_the_mean_shares_and_norms_of_their_window(
     form: str, log_layers: Any, accumulate: int, tmp_path: Path
 ) -> None:
     autoclip = clipper(log_layers=log_layers)
-    bad = {2: math.nan, 7: 100.0, 12: math.inf} | dict.fromkeys(range(15, 20), math.nan)
+    bad = {2: math.nan, 4: 0.0, 7: 100.0, 12: math.inf} | dict.fromkeys(range(15, 20), math.nan)
     options = {"accumulate_grad_batches": accumulate, "logger": CSVLogger(tmp_path, name="", version="run")}
     noting = fit(Deep(), autoclip, bad=bad, batches=23, max_epochs=2, **options)
     steps, rows = noting.steps[0], layer_rows(tmp_path)
@@ -464,14 +481,16 @@ def test_rows_of_layers_are_the_mean_shares_of_their_window(
     ends = [*range(4, len(steps), 5)]
     ends += [len(steps) - 1] if len(steps) % 5 else []
     assert [row["step"] for row in rows] == ends
-    keys = {key for row in rows for key in row if key.startswith("autoclip_layers/")}
-    assert keys == {f"autoclip_layers/{module}" for module in modules}
+    keys = layer_keys(rows)
+    assert keys == {f"{section}/{module}" for section in LAYERS for module in modules}
     assert all(keys <= set(row) for row in rows), "constant"
     for row, start, end in zip(rows, [-1, *ends], ends, strict=False):
         shares = mean_shares(steps[start + 1 : end + 1])
         sums = {m: sum(share for name, share in shares.items() if re.match(p, name)) for m, p in modules.items()}
         written = {module: row[f"autoclip_layers/{module}"] for module in modules}
         assert written == pytest.approx(sums, rel=1e-4, abs=1e-6, nan_ok=True)
+        norms = {module: row[f"autoclip_layers_norm/{module}"] for module in modules}
+        assert norms == pytest.approx(mean_norms(steps[start + 1 : end + 1], modules), rel=1e-4, nan_ok=True)
         assert sum(written.values()) == pytest.approx(1) or math.isnan(shares["factor"])
     assert any(math.isnan(row["autoclip_layers/factor"]) for row in rows) == (accumulate == 1)
 
@@ -480,8 +499,8 @@ def test_each_optimizer_has_layers_of_its_own(tmp_path: Path) -> None:
     noting = fit(
         TwoOptimizers(), clipper(log_layers=2), batches=26, logger=CSVLogger(tmp_path, name="", version="run"), bad={}
     )
-    keys = {key for row in layer_rows(tmp_path) for key in row if key.startswith("autoclip_layers/")}
-    assert keys == {"autoclip_layers/SGD/net.0", "autoclip_layers/Adam/net.2"}
+    keys = layer_keys(layer_rows(tmp_path))
+    assert keys == {f"{section}/{layer}" for section in LAYERS for layer in ("SGD/net.0", "Adam/net.2")}
     assert len(noting.steps[0]) == 26
 
 
@@ -513,7 +532,33 @@ def test_what_wrappers_put_into_a_name_is_left_out(wrap: str, tmp_path: Path) ->
     assert list(autoclip.traces["autoclip/"].shares) == names
     assert {name for spike in autoclip.traces["autoclip/"].largest for name, _ in spike.parameters} <= {*names}
     (row,) = layer_rows(tmp_path)
-    assert {key for key in row if "layers" in key} == {"autoclip_layers/net.0", "autoclip_layers/net.2"}
+    assert layer_keys([row]) == {f"{section}/net.{i}" for section in LAYERS for i in (0, 2)}
+
+
+@pytest.mark.parametrize("before", [2, 1, False], ids=["same depth", "another depth", "without layers before"])
+def test_a_resumed_run_completes_the_row_of_layers_that_had_begun(form: str, tmp_path: Path, before: Any) -> None:
+    class Crashing(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 9:
+                raise ZeroDivisionError
+
+    noting, saving = Noting(), ModelCheckpoint(tmp_path, "saved", every_n_train_steps=7)
+    run = trainer(noting, saving, clipper(log_layers=before), Crashing(), enable_checkpointing=True)
+    with pytest.raises(ZeroDivisionError):
+        run.fit(Deep(), loader(n=96))
+    logger = CSVLogger(tmp_path, name="", version="run")
+    options = {"batches": 24, "bad": {}, "logger": logger, "log_every_n_steps": 10}
+    second = fit(Deep(), clipper(log_layers=2), ckpt=tmp_path / "saved.ckpt", **options)
+    steps, (first, *_) = [*noting.steps[0][:7], *second.steps[0]], layer_rows(tmp_path)
+    assert first["step"] == 9
+    counted = steps[:10] if before == 2 else steps[7:10]
+    norms = {module: first[f"autoclip_layers_norm/{module}"] for module in MODULES[2]}
+    # A parameter of its own has the same name at every depth.
+    own = {
+        **mean_norms(counted, MODULES[2]),
+        "factor": mean_norms(steps[:10] if before else counted, MODULES[2])["factor"],
+    }
+    assert norms == pytest.approx(own, rel=1e-4)
 
 
 # --- models that change, and odd surroundings -------------------------------------------------------------------------
@@ -535,14 +580,27 @@ class Finetuned(Net):
 
 
 @pytest.mark.parametrize("every", [5, 7], ids=["between rows", "within a row"])
-def test_parameters_that_join_the_optimizer_during_the_fit_join_the_shares(form: str, every: int) -> None:
+def test_parameters_that_join_the_optimizer_during_the_fit_join_the_shares(
+    form: str, every: int, tmp_path: Path
+) -> None:
     autoclip = clipper(log_layers=True)
     finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.5)
-    noting = fit(Finetuned(), autoclip, finetuning, batches=10, max_epochs=2, log_every_n_steps=every, bad={})
+    options = {"log_every_n_steps": every, "logger": CSVLogger(tmp_path, name="", version="run")}
+    noting = fit(Finetuned(), autoclip, finetuning, batches=10, max_epochs=2, bad={}, **options)
     (first, *_, last) = noting.steps[0]
     assert (len(first.squares), len(last.squares)) == (4, 6)
     assert len(autoclip.spikes()) == 20
     assert autoclip.traces["autoclip/"].shares["backbone.weight"] > 0
+    rows, modules = layer_rows(tmp_path), {"backbone": "backbone"}
+    met = {
+        row["step"]: row["autoclip_layers_norm/backbone"] for row in rows if row.get("autoclip_layers_norm/backbone")
+    }
+    ends = {5: [14, 19], 7: [13, 19]}[every]
+    assert [step for step, norm in met.items() if not math.isnan(norm)] == ends
+    for start, end in zip([9, ends[0]], ends, strict=True):  # of the steps at which it was there
+        assert met[end] == pytest.approx(
+            mean_norms(noting.steps[0][start + 1 : end + 1], modules)["backbone"], rel=1e-4
+        )
     named = {name for spike in autoclip.traces["autoclip/"].largest for name, _ in spike.parameters}
     assert named <= {*last.squares}
 

@@ -5,17 +5,40 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
+from helpers import Net, loader, trainer
+from lightning.pytorch.loggers import WandbLogger
+from models import Manual
+from torch.optim import Adam, Optimizer
+from wandb_reader import read_runs
 from wandb_server import ENTITY, serve
 from wandb_workspaces.workspaces.internal import WorkspaceViewspec
 
-from lightning_autoclip import create_workspace
+from lightning_autoclip import AutoClip, create_workspace
 from lightning_autoclip.monitoring.recorder import Recorder
 from lightning_autoclip.monitoring.trace import Trace
+
+
+class TwoAdams(Manual):
+    """Two optimizers that step in turn, each with a parameter of both layers."""
+
+    def training_step(self, batch: list[Any], batch_idx: int) -> None:
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        self.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        parts = [[getattr(self.net[i], name) for i in (0, 2)] for name in ("weight", "bias")]
+        return [Adam(part, lr=0.01) for part in parts]
+
 
 OPTIMIZERS = pytest.mark.parametrize(
     ("optimizers", "names"),
@@ -23,8 +46,14 @@ OPTIMIZERS = pytest.mark.parametrize(
     ids=["one optimizer", "one that is named", "two optimizers"],
 )
 METRICS = [
-    *(["grad_norm", "threshold"], ["grad_norm_max", "threshold"], ["clipped_fraction"]),
-    *(["clip_coef_mean", "clip_coef_min"], ["bounded_fraction"], ["update_ratio"], ["nonfinite_total"]),
+    *(["grad_norm", "grad_rms", "threshold"], ["grad_norm_max", "threshold"], ["grad_norm_mean", "grad_norm_clipped"]),
+    *(
+        ["clipped_fraction"],
+        ["clip_coef_mean", "clip_coef_min"],
+        ["bounded_fraction"],
+        ["update_ratio"],
+        ["nonfinite_total"],
+    ),
 ]
 
 
@@ -42,11 +71,19 @@ def configs(spec: dict[str, Any]) -> list[dict[str, Any]]:
     return [plot["config"] for plot in plots]
 
 
+def covered(spec: dict[str, Any], keys: Iterable[str]) -> set[str]:
+    """Those of the keys that a line plot shows."""
+    plots = configs(spec)
+    named = {key for plot in plots for key in plot["metrics"]}
+    patterns = [plot["metricRegex"] for plot in plots if plot.get("useMetricRegex")]
+    return {key for key in keys if key in named or any(re.search(pattern, key) for pattern in patterns)}
+
+
 def logged(name: str) -> list[str]:
     """The keys that the rows of an optimizer hold."""
     trace = Trace()
     trace.follow(["net.0.weight", "net.2.weight"], [32, 8])
-    recorder = Recorder(f"autoclip/{name}", layer_depth=2, trace=trace)
+    recorder = Recorder(f"autoclip/{name}", by_value=True, layer_depth=2, trace=trace)
     recorder.max_update_ratio = 0.25
     return recorder.keys
 
@@ -64,13 +101,55 @@ def test_it_shows_what_is_logged_of_each_optimizer(optimizers: Sequence[str], na
 
 
 @OPTIMIZERS
-def test_the_layers_of_each_optimizer_have_a_panel(optimizers: Sequence[str], names: list[str]) -> None:
+def test_the_layers_of_each_optimizer_have_a_panel_of_shares_and_one_of_norms(
+    optimizers: Sequence[str], names: list[str]
+) -> None:
     plots = configs(spec_of(create_workspace(ENTITY, "project", optimizers=optimizers, save=False)))
-    patterns = [plot["metricRegex"] for plot in plots if plot.get("useMetricRegex")]
-    keys = [[key for key in logged(name) if "layers" in key] for name in names]
-    assert keys == [[f"autoclip_layers/{name}net.{i}" for i in (0, 2)] for name in names]
+    of_layers = [plot for plot in plots if plot.get("useMetricRegex")]
     every = [key for name in names for key in logged(name)]
-    assert [[key for key in every if re.search(pattern, key)] for pattern in patterns] == keys
+    shown = [[key for key in every if re.search(plot["metricRegex"], key)] for plot in of_layers]
+    sections = ("autoclip_layers", "autoclip_layers_norm")
+    assert shown == [[f"{each}/{name}net.{i}" for i in (0, 2)] for name in names for each in sections]
+    assert [plot.get("yLogScale", False) for plot in of_layers] == [False, True] * len(names)
+
+
+@pytest.mark.parametrize("prefix", ["", "trial.1"])
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (Net, {}),
+        (Net, {"groups": ["head(s)", "rest"]}),
+        (TwoAdams, {"optimizers": ["Adam", "Adam-1"]}),
+        (TwoAdams, {"optimizers": ["Adam", "Adam-1"], "groups": ["head(s)", "rest"]}),
+    ],
+    ids=["one optimizer", "groups", "two optimizers", "groups of two"],
+)
+@pytest.mark.usefixtures("wandb_offline")
+def test_every_key_of_a_run_has_a_panel(tmp_path: Path, model: type[Net], options: dict[str, Any], prefix: str) -> None:
+    groups = {"groups": {"head(s)": "net.2.*"}} if "groups" in options else {}
+    logger = WandbLogger(save_dir=tmp_path, project="test", id="run", prefix=prefix)
+    autoclip = AutoClip(log_layers=True, verbose=False, **groups)
+    trainer(autoclip, logger=logger, log_every_n_steps=2).fit(model(), loader())
+    wandb.finish()
+    (run,) = read_runs(tmp_path)
+    hidden = {metric.name.replace("\\.", ".") for metric in run.metrics if metric.options.hidden}
+    logged = {key for row in run.history for key in row if "autoclip" in key and isinstance(row[key], (int, float))}
+    start = f"{prefix}-" if prefix else ""
+    keys = {*logged - hidden, f"{start}train_loss"}
+    assert {key.rpartition("/")[2].rpartition(".")[2] for key in hidden & logged} == {
+        *("ncols", "nrows", "size"),
+        "grad_norm_max_step",
+    }
+    spec = spec_of(create_workspace(ENTITY, "project", prefix=prefix, **options, save=False))
+    assert covered(spec, keys) == keys
+    assert f"{start}autoclip/spikes.path" in {key for row in run.history for key in row}
+    assert f'"val": "{start}autoclip/spikes"' in json.dumps(spec)
+
+
+def test_the_verdicts_stand_beside_the_names_of_the_runs() -> None:
+    spec = spec_of(create_workspace(ENTITY, "project", prefix="trial", save=False))
+    (runs,) = spec["section"]["runSets"]
+    assert runs["runFeed"]["columnPinned"]["summary:trial-autoclip/health"] is True
 
 
 def test_the_layers_can_be_left_out() -> None:
@@ -99,7 +178,7 @@ def test_what_is_saved_is_what_was_built(
     assert (view["entityName"], view["projectName"], view["type"]) == (ENTITY, "project", "project-view")
     assert view["displayName"] == "Gradient clipping"
     assert json.loads(view["spec"]) == spec_of(workspace)
-    assert len(configs(json.loads(view["spec"]))) == 8 * len(names) + 1
+    assert len(configs(json.loads(view["spec"]))) == 10 * len(names) + 1
     assert server.views[1]["id"] == "view-1"
 
 
@@ -111,6 +190,7 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch: pytest.
         create_workspace(ENTITY, "project", save=False)
 
 
-def test_a_name_is_not_taken_for_a_list_of_letters() -> None:
-    with pytest.raises(TypeError, match=r"`optimizers`.*'Adam'.*`\['Adam'\]`"):
-        create_workspace(ENTITY, "project", optimizers="Adam", save=False)
+@pytest.mark.parametrize("argument", ["optimizers", "groups"])
+def test_a_name_is_not_taken_for_a_list_of_letters(argument: str) -> None:
+    with pytest.raises(TypeError, match=rf"`{argument}`.*'Adam'.*`\['Adam'\]`"):
+        create_workspace(ENTITY, "project", **{argument: "Adam"}, save=False)

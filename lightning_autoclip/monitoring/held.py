@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,12 @@ class Held:
         summary: Of these steps, as the following.
         latest: The last finite one; without any, the last one.
         largest: The one with the largest norm.
+        clipped_total: Sum of the norms after clipping, of the finite steps at which that is known.
+        clipped_steps: How many these are.
         share_sums: Sums of the parameters' shares in the squared norm, by name.
         share_steps: Of how many steps.
+        norm_sums: Sums of the modules' norms over the finite steps, by name.
+        norm_steps: Of how many steps each: a module may join in mid-row.
     """
 
     def __init__(self) -> None:
@@ -31,8 +35,11 @@ class Held:
         self.told = 0
         self.summary = Summary()
         self.latest = self.largest = NOTHING
+        self.clipped_total, self.clipped_steps = 0.0, 0
         self.share_sums: dict[str, float] = {}
         self.share_steps = 0
+        self.norm_sums: dict[str, float] = {}
+        self.norm_steps: dict[str, int] = {}
 
     def add(self, point: Point) -> None:
         """Take in a step."""
@@ -42,6 +49,14 @@ class Held:
             self.latest = point
         if point.finite and not point.norm <= self.largest.norm:  # which is NaN at first
             self.largest = point
+        if point.finite and not math.isnan(point.clipped_norm):
+            self.clipped_total += min(point.clipped_norm, point.norm)
+            self.clipped_steps += 1
+
+    @property
+    def clipped_mean(self) -> float:
+        """Mean norm after clipping, of the steps at which that is known; NaN if it is of none."""
+        return self.clipped_total / self.clipped_steps if self.clipped_steps else math.nan
 
     def add_shares(self, names: Sequence[str], sums: Sequence[float], steps: int) -> None:
         """Take in the shares of parameters, summed up over some steps."""
@@ -55,11 +70,30 @@ class Held:
             name: self.share_sums.get(name, 0.0) / self.share_steps if self.share_steps else math.nan for name in names
         }
 
+    def add_norms(self, sums: Mapping[str, float], steps: int) -> None:
+        """Take in the norms of modules, summed up over some finite steps."""
+        for module, norms in sums.items():
+            self.norm_sums[module] = self.norm_sums.get(module, 0.0) + norms
+            self.norm_steps[module] = self.norm_steps.get(module, 0) + steps
+
+    def norms(self, modules: Iterable[str]) -> dict[str, float]:
+        """The mean norm of each of these modules, over the steps at which it was there; NaN if there is none."""
+        return {
+            module: self.norm_sums[module] / steps if (steps := self.norm_steps.get(module, 0)) else math.nan
+            for module in modules
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors, dicts and plain numbers; loads with ``torch.load(..., weights_only=True)``."""
         points = torch.tensor(self.points, dtype=torch.float64, device="cpu").reshape(-1, len(Point._fields))
-        shares = dict(self.share_sums)
-        return {"points": points, "told": self.told, "share_sums": shares, "share_steps": self.share_steps}
+        return {
+            "points": points,
+            "told": self.told,
+            "share_sums": dict(self.share_sums),
+            "share_steps": self.share_steps,
+            "norm_sums": dict(self.norm_sums),
+            "norm_steps": dict(self.norm_steps),
+        }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Held:
@@ -74,11 +108,15 @@ class Held:
                 held.add(Point(*map(int, row[:4]), *row[4:]))
             held.told, held.share_steps = state["told"], state["share_steps"]
             held.share_sums = dict(state["share_sums"])
+            held.norm_sums, held.norm_steps = dict(state["norm_sums"]), dict(state["norm_steps"])
+            sums = [*held.share_sums.items(), *held.norm_sums.items()]
             sound = (
                 state["points"].shape == (len(held.points), len(Point._fields)),
                 state["points"].dtype == torch.float64,
                 all(type(count) is int for count in (held.told, held.share_steps)),
-                all(type(key) is str and type(value) is float for key, value in held.share_sums.items()),
+                all(type(key) is str and type(value) is float for key, value in sums),
+                held.norm_steps.keys() == held.norm_sums.keys(),
+                all(type(count) is int and count >= 0 for count in held.norm_steps.values()),
             )
             if not all(sound) or not 0 <= held.told <= len(held.points) or held.share_steps < 0:
                 raise ValueError("an entry has a wrong type or size")

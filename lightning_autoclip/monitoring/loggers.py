@@ -1,4 +1,4 @@
-"""What loggers are told of a run, whichever they are: its keys and settings, rows, and at the end the spike table."""
+"""What loggers are told of a run, whichever they are: its keys and settings, rows, and the spike table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from lightning_autoclip.monitoring import wandb
 from lightning_autoclip.monitoring.logs import CONFIG_KEY, is_settings
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Trace
-from lightning_autoclip.monitoring.verdicts import late_spikes
+from lightning_autoclip.monitoring.verdicts import SPIKE, late_spikes
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -29,6 +30,7 @@ Row = tuple[int, dict[str, float]]
 """What is logged at a step."""
 
 _TABLE = "autoclip_spikes"
+_MOST_TABLES = 20  # of a fit, beside the one at its end: each is a file and an artifact
 
 
 def describe(loggers: Iterable[Logger], settings: Mapping[str, Any], hparams: Mapping[str, Any], step: int) -> None:
@@ -166,7 +168,61 @@ def illustrate(
             wandb.alert_nonfinite(logger, prefix, [point for point in points if not point.finite])
 
 
-def conclude(loggers: Iterable[Logger], spikes: Sequence[dict[str, Any]], health: str | None, step: int) -> None:
+class SpikesInTime:
+    """Shows the spike table on Weights & Biases while a fit goes on, however long it is in few versions.
+
+    It is shown with a row that brings a spike. The next time comes at the earliest one row later, the one after that
+    two rows later, then four and so on; what comes in between is shown then.
+
+    Attributes:
+        shown: The rows of the table as it was shown last; ``None`` before.
+    """
+
+    def __init__(self) -> None:
+        self.shown: list[dict[str, Any]] | None = None
+        self._times, self._rows_to_wait, self._is_due = 0, 0, False
+
+    def after_row(
+        self,
+        loggers: Iterable[Logger],
+        parts: Iterable[tuple[Trace, Sequence[Point]]],
+        spikes: Callable[[], Sequence[dict[str, Any]]],
+    ) -> None:
+        """Show the table if it is time.
+
+        Args:
+            loggers: Those of the Trainer.
+            parts: Of each scope what happened in the run so far, and the steps that a row has just summed up.
+            spikes: What ``spikes()`` of the callback is.
+        """
+        told = [logger for logger in loggers if _is(logger, "WandbLogger")]
+        parts = [(trace, points) for trace, points in parts if points]
+        if not told or not parts:
+            return
+        self._is_due = self._is_due or any(_brings_spike(*part) for part in parts)
+        self._rows_to_wait -= 1
+        if not self._is_due or self._rows_to_wait > 0 or self._times >= _MOST_TABLES:
+            return
+        self._is_due, self._rows_to_wait, self._times = False, 2**self._times, self._times + 1
+        rows, step = [_finite(spike) for spike in spikes()], max(points[-1].step for _, points in parts)
+        done = [_attempt("spike table", logger, partial(_log_spikes, logger, rows, step)) for logger in told]
+        self.shown = rows if all(done) else None
+
+
+def _brings_spike(trace: Trace, points: Sequence[Point]) -> bool:
+    """Whether the table has new steps that are not finite, the largest of the run or far above the typical norm."""
+    steps = {point.step for point in points}
+    large = [spike for i, spike in enumerate(trace.largest) if i == 0 or spike.times > SPIKE]
+    return any(spike.point.step in steps for spike in [*trace.nonfinite, *large])
+
+
+def conclude(
+    loggers: Iterable[Logger],
+    spikes: Sequence[dict[str, Any]],
+    health: str | None,
+    step: int,
+    shown: Sequence[dict[str, Any]] | None = None,
+) -> None:
     """Log the spike table, and to W&B the report's verdicts; a logger that fails is warned of.
 
     Args:
@@ -174,15 +230,23 @@ def conclude(loggers: Iterable[Logger], spikes: Sequence[dict[str, Any]], health
         spikes: What ``spikes()`` of the callback returns; nothing is logged of an empty table.
         health: The report's verdicts in a few words; ``None`` where there is no report.
         step: The step that it is logged at.
+        shown: What W&B was shown last, which is not logged again.
     """
+    rows = [_finite(spike) for spike in spikes]
     for logger in loggers:
-        try:
-            if spikes:
-                _log_spikes(logger, [_finite(spike) for spike in spikes], step)
-            if health is not None and _is(logger, "WandbLogger"):
-                wandb.log_health(logger, health)
-        except Exception as error:  # a server that fails now must not fail a training that is done
-            rank_zero_warn(f"The spike table could not be logged to `{type(logger).__name__}`: {error}")
+        if rows and not (rows == shown and _is(logger, "WandbLogger")):
+            _attempt("spike table", logger, partial(_log_spikes, logger, rows, step))
+        if health is not None and _is(logger, "WandbLogger"):
+            _attempt("report's verdicts", logger, partial(wandb.log_health, logger, health))
+
+
+def _attempt(what: str, logger: Logger, log: Callable[[], None]) -> bool:
+    try:
+        log()
+    except Exception as error:  # a server or a disk that fails must not fail a training for what is only told
+        rank_zero_warn(f"The {what} could not be logged to `{type(logger).__name__}`: {error}")
+        return False
+    return True
 
 
 def _log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:

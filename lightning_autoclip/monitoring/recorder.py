@@ -12,9 +12,10 @@ from torch import Tensor
 from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.monitoring.held import NOTHING, Held
 from lightning_autoclip.monitoring.summary import Point
-from lightning_autoclip.monitoring.trace import Trace, by_module, shares_of
+from lightning_autoclip.monitoring.trace import Trace, by_module, norms_by_module, shares_of
 
 _NUMBERS = 7  # of a `StepRecord` and of a `Point`, one after the other: all but the parameters' norms
+SECTIONS = ("autoclip_layers", "autoclip_layers_norm")  # of the layers' shares and norms
 _MAX_ON_DEVICE = 1024  # records that may wait on the device, however far apart the rows are
 
 
@@ -28,8 +29,8 @@ class Recorder:
         by_value: Whether the gradients are clipped by value: the rows then carry ``grad_rms`` too, which is what the
             threshold is compared with.
         every_step: Whether each step gets a row of its own beside the summary.
-        layer_depth: The rows also carry the mean share of each module in the squared norm, of modules so many names
-            deep; 0 for none.
+        layer_depth: The rows also carry the mean share of each module in the squared norm and its mean norm, of modules
+            so many names deep; 0 for none.
         trace: Takes in every step, for report and plot.
         skips: Whether steps can be left out for their size: the rows then carry ``skipped_total`` too.
 
@@ -99,6 +100,8 @@ class Recorder:
         if squares is not None and self.layer_depth:
             shares = shares_of(squares)
             self.held.add_shares(self.trace.names, shares.sum(0).tolist(), len(shares))
+            finite = squares[[i for i, point in enumerate(points) if point.finite]]
+            self.held.add_norms(norms_by_module(finite, self.trace.names, self.layer_depth), len(finite))
 
     def _point(self, place: tuple[int, int, int, int], numbers: Sequence[float]) -> Point:
         """A step with what only the host calculates: how far it would carry the weights."""
@@ -165,6 +168,7 @@ class Recorder:
             "grad_norm_mean": summary.mean,
             "grad_norm_max": largest.norm,
             "grad_norm_max_step": float(largest.step) if largest.finite else math.nan,
+            "grad_norm_clipped": self.held.clipped_mean,
             "threshold": latest.threshold,
             "clipped_fraction": summary.clipped_fraction,
             "clip_coef_mean": summary.clip_coef_mean,
@@ -180,12 +184,16 @@ class Recorder:
         return {self.prefix + key: value for key, value in row.items()} | self._layers()
 
     def _layers(self) -> dict[str, float]:
-        """The mean share of each module in the squared norm of the steps that are held; NaN if none is finite."""
+        """The mean share of each module in the squared norm of the steps that are held, then its mean norm.
+
+        NaN if none is finite. The norms have a section of their own: the names of modules and groups may be any.
+        """
         if not self.layer_depth:
             return {}
-        prefix = self.prefix.replace("autoclip/", "autoclip_layers/", 1)
         shares = by_module(self.held.shares(self.trace.names), self.layer_depth)
-        return {prefix + module: share for module, share in shares.items()}
+        of_share, of_norm = (self.prefix.replace("autoclip/", f"{section}/", 1) for section in SECTIONS)
+        norms = {of_norm + module: norm for module, norm in self.held.norms(shares).items()}
+        return {of_share + module: share for module, share in shares.items()} | norms
 
     def _step_row(self, point: Point) -> dict[str, float]:
         row = {"grad_norm": point.norm, "threshold": point.threshold}

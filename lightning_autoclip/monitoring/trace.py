@@ -204,6 +204,27 @@ def shares_of(squares: Tensor) -> Tensor:
     return squares[counted] / whole[counted, None]
 
 
+def module_of(name: str, depth: int) -> str:
+    """The module that a parameter belongs to, ``depth`` names deep at most; its own name if it belongs to none."""
+    *path, parameter = name.split(".")
+    return ".".join(path[:depth]) or parameter
+
+
+def norms_by_module(squares: Tensor, names: Sequence[str], depth: int) -> dict[str, float]:
+    """Sums over the steps of each module's norm.
+
+    Args:
+        squares: Shape ``(m, n)``, float64: the squared norm of each parameter's gradient at ``m`` finite steps.
+        names: The names of the ``n`` parameters.
+        depth: Of modules so many names deep.
+    """
+    modules = [module_of(name, depth) for name in names]
+    places = {module: place for place, module in enumerate(dict.fromkeys(modules))}
+    at = torch.tensor([places[module] for module in modules], dtype=torch.int64, device="cpu")
+    norms = squares.new_zeros(len(squares), len(places)).index_add_(1, at, squares).sqrt()
+    return dict(zip(places, norms.sum(0).tolist(), strict=True))
+
+
 def by_module(shares: dict[str, float], depth: int) -> dict[str, float]:
     """Sums of the shares over the modules that are ``depth`` names deep, in the order of the parameters.
 
@@ -213,7 +234,6 @@ def by_module(shares: dict[str, float], depth: int) -> dict[str, float]:
     """
     sums: dict[str, float] = {}
     for name, share in shares.items():
-        *path, parameter = name.split(".")
-        module = ".".join(path[:depth]) or parameter
+        module = module_of(name, depth)
         sums[module] = sums.get(module, 0.0) + share
     return sums

@@ -10,6 +10,8 @@ from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Spike
 
 _WAIT = timedelta(minutes=10)  # between two alerts of one title
+_NO_CURVES = ("/grad_norm_max_step",)  # numbers to look up, not to draw
+_OF_TABLES = ("ncols", "nrows", "size")  # numbers that the client adds to a table
 
 
 def define_metrics(logger: Any, keys: Iterable[str]) -> None:
@@ -18,10 +20,18 @@ def define_metrics(logger: Any, keys: Iterable[str]) -> None:
     Never by a glob: Lightning has defined ``*`` and the client picks among matching globs at random.
     """
     for key in keys:
-        name = (_prefix(logger) + key).replace(".", r"\.")  # else a dot means a key within a dict
         logger.experiment.define_metric(
-            name, step_metric="trainer/global_step", step_sync=True, summary="min,max,mean,last"
+            _escaped(_prefix(logger) + key),
+            step_metric="trainer/global_step",
+            step_sync=True,
+            summary="min,max,mean,last",
+            hidden=key.endswith(_NO_CURVES) or None,  # from the panels that W&B makes by itself
         )
+
+
+def _escaped(key: str) -> str:
+    """The key as the name of a metric, in which a dot means a key within a dict."""
+    return key.replace(".", r"\.")
 
 
 def _prefix(logger: Any) -> str:
@@ -38,9 +48,11 @@ def log_histogram(logger: Any, key: str, points: Sequence[Point]) -> None:
 
 
 def log_table(logger: Any, key: str, rows: Sequence[dict[str, Any]], step: int) -> None:
-    """Log a table."""
+    """Log a table; the numbers that the client adds to it get no panel."""
     import wandb
 
+    for number in _OF_TABLES:
+        logger.experiment.define_metric(f"{_escaped(_prefix(logger) + key)}.{number}", hidden=True)
     table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
     logger.log_metrics({key: table}, step=step)
 
