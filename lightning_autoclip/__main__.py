@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lightning_autoclip.monitoring.runs import RecordedRun, read_run
-from lightning_autoclip.monitoring.suggest import candidates, table
+from lightning_autoclip.monitoring.suggest import table, table_by_value
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PLOT = Path("autoclip.png")
 _FILES = "a Lightning checkpoint, a metrics.csv of CSVLogger, TensorBoard's folder or W&B's directory of a run"
 
 
@@ -21,9 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     report = commands.add_parser("report", help="what clipping did, and what it may hide; writes the plot")
     report.add_argument("path", type=Path, help=_FILES)
-    report.add_argument("--plot", type=Path, help="where to write it; by default autoclip.png")
+    report.add_argument("--plot", type=Path, help="where to write it; by default a new autoclip.png")
     report.add_argument("--json", action="store_true", help="print the report as JSON")
-    suggest = commands.add_parser("suggest", help="what several percentiles would have clipped")
+    suggest = commands.add_parser("suggest", help="what several percentiles, or a fixed threshold, would have clipped")
     suggest.add_argument("path", type=Path, help=_FILES)
     parsed = parser.parse_args(arguments)
     try:
@@ -51,12 +57,34 @@ def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
             raise ValueError("The plot needs matplotlib, which the extra `plot` installs.") from None
         print("No plot: it needs matplotlib, which the extra `plot` installs.", file=sys.stderr)
         return
-    path = plot or Path("autoclip.png")
     try:
-        figure.savefig(path, dpi=150)
+        path, told = _save(figure, plot)
     except OSError as error:
-        raise ValueError(f"Expected `--plot` to be a file that can be written, but got {path}: {error}") from error
-    print(f"Plot: {path}", file=sys.stderr)
+        raise ValueError(
+            f"Expected `--plot` to be a file that can be written, but got {plot or _PLOT}: {error}"
+        ) from error
+    print(f"Plot: {path}{told}", file=sys.stderr)
+
+
+def _save(figure: Figure, plot: Path | None) -> tuple[Path, str]:
+    """Write the plot: over whatever stands where it was asked for, else never over another picture.
+
+    Returns:
+        Where it is, and what else is to be said.
+    """
+    if plot is not None:
+        told = " (in place of the one that was there)" if plot.exists() else ""
+        figure.savefig(plot, dpi=150)
+        return plot, told
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format="png")
+    for path in (_PLOT, *(_PLOT.with_stem(f"{_PLOT.stem}-{number}") for number in range(1, 1000))):
+        if not path.exists():
+            path.write_bytes(drawn.getvalue())
+            return path, "" if path == _PLOT else f" ({_PLOT} shows another run: `--plot {_PLOT}` would replace it)"
+        if path.read_bytes() == drawn.getvalue():
+            return path, " (as it was)"
+    raise OSError("there are a thousand of them: name one with `--plot`")
 
 
 def _suggest(run: RecordedRun) -> None:
@@ -65,10 +93,23 @@ def _suggest(run: RecordedRun) -> None:
             f"Expected the norms of single steps, but {run.source} has rows of many steps. Use a checkpoint, or log"
             " with `log_every_step=True`."
         )
-    if run.settings["gradient_clip_algorithm"] != "norm":
-        raise ValueError(f"Expected a run that was clipped by norm, but {run.source} was clipped by value.")
+    by_value = run.settings["gradient_clip_algorithm"] == "value"
+    unit = "root-mean-square entries" if by_value else "norms"
     for prefix, norms in run.norms.items():
-        print(f"{run.source}, {prefix.strip('/')}: {len(norms):,} norms\n{table(candidates(norms))}\n")
+        shown = table_by_value(norms, **_own(run.settings["policy"])) if by_value else table(norms)
+        print(f"{run.source}, {prefix.strip('/')}: {len(norms):,} {unit}\n{shown}\n")
+
+
+def _own(policy: Mapping[str, Any]) -> dict[str, float]:
+    """Percentile and multiplier of the run, as far as it had them."""
+    if policy.get("name") != "Percentile":
+        return {}
+    ranges = {"percentile": (0, 100), "multiplier": (sys.float_info.min, sys.float_info.max)}
+    return {
+        key: float(value)
+        for key, (low, high) in ranges.items()
+        if isinstance(value := policy.get(key), (int, float)) and low <= value <= high
+    }
 
 
 if __name__ == "__main__":

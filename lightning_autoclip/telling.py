@@ -142,7 +142,7 @@ class Telling:
             rank_zero_warn(f"`{self._name}` could not print its report: {error!r}")
 
     def conclude(self, trainer: Trainer, report: Callable[[], Report]) -> None:
-        """Log the spike table, and to W&B the report's verdicts."""
+        """Log the spike table and the report's verdicts."""
         if told := _loggers(trainer):
             health = report().summary if self._scopes else None
             loggers.conclude(told, self._scopes.spikes(), health, _step(trainer), self._table.shown)

@@ -96,6 +96,16 @@ def table_of_mlflow(directory: Path) -> str:
     return Path(client.download_artifacts(run.info.run_id, "autoclip_spikes.csv")).read_text()
 
 
+def health_of_tensorboard(directory: Path) -> str:
+    events = EventAccumulator(str(directory / "run")).Reload()
+    return events.Tensors("autoclip/health/text_summary")[-1].tensor_proto.string_val[0].decode()
+
+
+HEALTHS = {
+    "csv": lambda directory: (directory / "run" / "autoclip_health.txt").read_text(encoding="utf-8").strip(),
+    "tensorboard": health_of_tensorboard,
+    "mlflow": lambda directory: mlflow_runs(directory)[1][0].data.tags["autoclip/health"],
+}
 sgd, adam = partial(torch.optim.SGD, lr=0.02), partial(torch.optim.Adam, lr=0.01)
 TABLES = {"csv": table_of_csv, "tensorboard": table_of_tensorboard, "mlflow": table_of_mlflow}
 
@@ -201,6 +211,26 @@ def test_the_spike_table_arrives_even_if_the_run_breaks_off(tmp_path: Path, kind
     assert [float(row["norm"]) for row in written[1:]] == pytest.approx(sorted(norms, reverse=True), rel=1e-3)
     if kind == "mlflow":
         assert mlflow_runs(tmp_path)[1][0].info.status == ("FAILED" if fails_at else "FINISHED")
+
+
+@every_logger
+@pytest.mark.parametrize("fails_at", [None, 12], ids=["whole", "broken off"])
+def test_the_verdicts_of_the_report_stand_in_every_logger(tmp_path: Path, kind: str, fails_at: int | None) -> None:
+    with pytest.raises(RuntimeError, match="stop") if fails_at else nullcontext():
+        fit(Failing(fails_at, {3: math.nan, 7: 100.0}), MAKERS[kind](tmp_path))
+    assert HEALTHS[kind](tmp_path) == "non-finite gradients"
+
+
+@every_logger
+def test_of_a_run_that_is_fitted_on_the_last_verdict_counts(tmp_path: Path, kind: str) -> None:
+    autoclip, logger = by_percentile(50, verbose=False), MAKERS[kind](tmp_path)
+    run = trainer(autoclip, logger=logger)
+    run.fit(Net(sgd), loader())
+    first = HEALTHS[kind](tmp_path)
+    run.fit_loop.max_epochs = 5
+    run.fit(run.lightning_module, loader())
+    assert first == "too few steps to tell"
+    assert HEALTHS[kind](tmp_path) == autoclip.report().summary == "healthy"
 
 
 @pytest.mark.parametrize("kind", ["tensorboard", "mlflow"])  # a new CSVLogger deletes what stands in its directory
@@ -364,6 +394,7 @@ class CometExperiment:
         self.metrics: list[tuple[int, str, float]] = []
         self.parameters: dict[str, Any] = {}
         self.tables: dict[str, list[list[Any]]] = {}
+        self.others: dict[str, Any] = {}
 
     def __internal_api__log_metrics__(self, metrics: dict[str, Any], step: int, **kwargs: Any) -> None:
         self.metrics += [(step, key, value) for key, value in metrics.items()]
@@ -374,6 +405,9 @@ class CometExperiment:
 
     def log_table(self, filename: str, tabular_data: Any = None, headers: Any = False) -> None:
         self.tables[filename] = [headers, *tabular_data]
+
+    def log_other(self, key: str, value: Any) -> None:
+        self.others[key] = value
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: None
@@ -409,7 +443,8 @@ def test_comet_gets_finite_rows_the_settings_and_the_table_of_spikes(tmp_path: P
     assert not any(
         (isinstance(cell, float) and not math.isfinite(cell)) or cell is None for row in table for cell in row
     )
-    assert not [*Path().rglob("autoclip_spikes.csv")]
+    assert kept.others == {"autoclip/health": autoclip.report().summary}
+    assert not [*Path().rglob("autoclip_*")]
 
 
 class WithoutDirectoryPerRun(Logger):
@@ -446,10 +481,11 @@ def test_a_table_beside_a_logger_without_a_directory_per_run_stands_with_the_run
     assert directory.parent == tmp_path / "project"
     (found,) = tmp_path.rglob("autoclip_spikes.csv")
     assert found == directory / "autoclip_spikes.csv"
+    assert [*tmp_path.rglob("autoclip_health.txt")] == [directory / "autoclip_health.txt"]
     with found.open(newline="") as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == [spike["step"] for spike in autoclip.spikes()]
 
 
 def test_a_logger_without_any_directory_gets_no_table_and_no_error(tmp_path: Path) -> None:
     fit(Noting(optimizer=sgd), WithoutDirectoryPerRun(None, "first"))
-    assert not [*tmp_path.rglob("autoclip_spikes.csv")]
+    assert not [*tmp_path.rglob("autoclip_*")]

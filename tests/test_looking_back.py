@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from wandb_reader import read_runs
 from lightning_autoclip import Constant, GradientClipping, NonFiniteGradientError, Policy
 from lightning_autoclip.__main__ import main
 from lightning_autoclip.monitoring.runs import read_run
-from lightning_autoclip.monitoring.suggest import candidates, recommended
+from lightning_autoclip.monitoring.suggest import candidates, nearest_fixed, nearest_fixed_value, recommended
 
 pytestmark = pytest.mark.usefixtures("wandb_offline")
 SPIKES = {41: 100.0, 42: 100.0}  # batch -> factor on its loss
@@ -320,6 +321,106 @@ def test_the_window_counts_in_what_is_suggested():
     assert by_setting[best].clip_coef_mean >= 0.6
 
 
+def printed_fixed(printed: str) -> float:
+    return float(re.search(r"gradient_clip_val=(\S+)", printed)[1])
+
+
+def log_difference(norms: np.ndarray, thresholds: np.ndarray, fixed: float) -> float:
+    """Between the logarithms of the factors of the thresholds and of a fixed one."""
+    return float(np.mean((np.minimum(0, np.log(thresholds / norms)) - np.minimum(0, np.log(fixed / norms))) ** 2))
+
+
+@pytest.mark.parametrize("percentile", [1, 25, 50, 90, 100])
+@pytest.mark.parametrize("kind", ["alike", "falling", "with spikes", "equal"])
+def test_the_fixed_threshold_is_the_nearest_of_all(kind, percentile):
+    norms = np.random.default_rng(0).lognormal(0, 0 if kind == "equal" else 0.5, 300)
+    norms *= {"falling": np.geomspace(100, 0.1, 300), "with spikes": np.where(np.arange(300) % 40, 1, 50)}.get(kind, 1)
+    thresholds = np.array([np.percentile(norms[max(0, i - 99) : i + 1], percentile) for i in range(300)])
+    fixed = nearest_fixed(norms.tolist(), thresholds.tolist())
+    grid = np.geomspace(norms.min() / 10, norms.max() * 10, 20_000)
+    least = min(log_difference(norms, thresholds, each) for each in grid)
+    assert log_difference(norms, thresholds, fixed) <= least + 1e-9
+    if percentile == 100 and kind != "falling":
+        assert fixed == pytest.approx(norms.max()), "nothing was clipped: the least that clips nothing"
+
+
+def test_suggest_names_the_fixed_threshold_that_would_have_done_most_nearly_the_same(recorded, capsys):
+    assert main(["suggest", str(recorded[0]["checkpoint"])]) == 0
+    printed, norms = capsys.readouterr().out, np.array(recorded[2])
+    percentile = float(re.search(r"AutoClip\(percentile=(\d+)", printed)[1])
+    thresholds = np.array([np.percentile(norms[: i + 1], percentile) for i in range(60)])
+    grid = np.geomspace(norms.min() / 2, norms.max() * 2, 20_000)
+    best = min(grid, key=lambda each: log_difference(norms, thresholds, each))
+    fixed = printed_fixed(printed)
+    assert fixed == pytest.approx(best, rel=0.01)
+    said = re.search(r"the same here: (\S+)% clipped, mean factor (\S+)\.\n", printed)
+    assert float(said[1]) == pytest.approx(100 * np.mean(norms > fixed), abs=2)
+    assert float(said[2]) == pytest.approx(np.mean(np.minimum(1, fixed / norms)), abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "csv"])
+@pytest.mark.parametrize("policy", ["percentile", "a multiplier", "another"])
+def test_by_value_suggest_names_the_fixed_threshold_that_comes_nearest(tmp_path, capsys, kind, policy):
+    options = {"gradient_clip_algorithm": "value", "log_every_step": True, "verbose": False}
+    policies = {"percentile": 75, "a multiplier": 75, "another": 50}
+    own = {"multiplier": 2.0} if policy == "a multiplier" else {}
+    callback = (
+        GradientClipping(Constant(0.1), **options) if policy == "another" else by_percentile(75, **own, **options)
+    )
+    run, _, norms = fit(logger := CSVLogger(tmp_path), callback=callback, spikes={})
+    run.save_checkpoint("value.ckpt")
+    assert main(["suggest", "value.ckpt" if kind == "checkpoint" else logger.log_dir]) == 0
+    printed, percentile = capsys.readouterr().out, policies[policy]
+    multiplier = own.get("multiplier", by_percentile(**options).policy.multiplier)
+    assert f"{multiplier:g} times the percentile" in printed
+    entries = np.array(norms) / math.sqrt(sum(parameter.numel() for parameter in Net().parameters()))
+    thresholds = multiplier * np.array([np.percentile(entries[: i + 1], percentile) for i in range(60)])
+    (row,) = (line.split() for line in printed.splitlines() if line.split()[:2] == [str(percentile), "100"])
+    assert [float(cell) for cell in row[2:4]] == pytest.approx([thresholds.min(), thresholds.max()], rel=1e-2)
+    geometric = np.exp(np.log(thresholds).mean())
+    assert nearest_fixed_value(thresholds.tolist()) == pytest.approx(geometric)
+    assert float(row[4]) == printed_fixed(printed) == pytest.approx(geometric, rel=1e-2)
+    assert f"percentile {percentile} over 100 steps" in printed
+    assert 'gradient_clip_algorithm="value"' in printed
+    assert "60 root-mean-square entries" in printed
+
+
+@pytest.mark.parametrize(
+    ("steps", "windows", "said"),
+    [
+        (60, ["100"], "With 60 norms a window of 1000 or all is the same as 100."),
+        (300, ["100", "1000"], "With 300 norms a window of all is the same as 1000."),
+        (1010, ["100", "1000", "all"], None),
+    ],
+)
+def test_windows_that_hold_all_norms_alike_are_shown_once(tmp_path, capsys, steps, windows, said):
+    callback = by_percentile(50, window=None, verbose=False)
+    fit(steps=steps, spikes={}, callback=callback)[0].save_checkpoint("run.ckpt")
+    assert main(["suggest", "run.ckpt"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines() if "%  " in line]
+    assert [*dict.fromkeys(row[1] for row in rows)] == windows
+    assert len(rows) == 7 * len(windows)
+    assert said in printed if said else "is the same as" not in printed
+
+
+def test_a_picture_of_another_run_is_not_overwritten_unasked(recorded, capsys):
+    def report(*arguments) -> str:
+        assert main(["report", str(recorded[0]["checkpoint"]), *arguments]) == 0
+        return capsys.readouterr().err
+
+    Path("autoclip.png").write_bytes(b"of another run")
+    said = report()
+    assert "Plot: autoclip-1.png (autoclip.png shows another run: `--plot autoclip.png` would replace it)" in said
+    assert Path("autoclip.png").read_bytes() == b"of another run"
+    assert matplotlib.image.imread("autoclip-1.png").shape[1] > 600
+    assert "Plot: autoclip-1.png (as it was)" in report()
+    assert not Path("autoclip-2.png").exists()
+    assert "Plot: autoclip.png (in place of the one that was there)" in report("--plot", "autoclip.png")
+    assert Path("autoclip.png").read_bytes() == Path("autoclip-1.png").read_bytes()
+    assert report("--plot", "new.png").strip() == "Plot: new.png"
+
+
 BAD_FILES = {
     "missing": (None, "is missing"),
     "text.ckpt": (b"no checkpoint", "to be a checkpoint"),
@@ -376,7 +477,7 @@ def test_logged_rows_of_a_sick_run_are_not_called_healthy(tmp_path, capsys, spik
     assert not callback.report().healthy
 
 
-def test_logged_rows_by_value_are_read_in_one_unit_and_nothing_is_suggested_from_them(tmp_path, capsys):
+def test_logged_rows_by_value_are_read_in_one_unit(tmp_path, capsys):
     logger = CSVLogger(tmp_path)
     _, callback, _ = fit(logger, callback=by_percentile(50, gradient_clip_algorithm="value", verbose=False), spikes={})
     assert main(["report", logger.log_dir, "--json"]) == 0

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Row = tuple[int, dict[str, float]]
 """What is logged at a step."""
 
-_TABLE = "autoclip_spikes"
+_TABLE, _HEALTH = "autoclip_spikes", "autoclip/health"
 _MOST_TABLES = 20  # of a fit, beside the one at its end: each is a file and an artifact
 
 
@@ -223,7 +223,7 @@ def conclude(
     step: int,
     shown: Sequence[dict[str, Any]] | None = None,
 ) -> None:
-    """Log the spike table, and to W&B the report's verdicts; a logger that fails is warned of.
+    """Log the spike table and the report's verdicts; a logger that fails is warned of.
 
     Args:
         loggers: Those of the Trainer.
@@ -236,8 +236,8 @@ def conclude(
     for logger in loggers:
         if rows and not (rows == shown and _is(logger, "WandbLogger")):
             _attempt("spike table", logger, partial(_log_spikes, logger, rows, step))
-        if health is not None and _is(logger, "WandbLogger"):
-            _attempt("report's verdicts", logger, partial(wandb.log_health, logger, health))
+        if health is not None:
+            _attempt("report's verdicts", logger, partial(_log_health, logger, health, step))
 
 
 def _attempt(what: str, logger: Logger, log: Callable[[], None]) -> bool:
@@ -252,7 +252,7 @@ def _attempt(what: str, logger: Logger, log: Callable[[], None]) -> bool:
 def _log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
     """To W&B and Comet as a table, to TensorBoard as text, to MLflow as an artifact, else as a CSV file.
 
-    That file stands beside the logger's own, or, if it has no directory per run, where Lightning puts a run's
+    The file stands beside the logger's own, or, if it has no directory per run, where Lightning puts a run's
     checkpoints: in ``save_dir/name/version``.
     """
     if _is(logger, "WandbLogger"):
@@ -264,11 +264,33 @@ def _log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
     elif _is(logger, "CometLogger"):  # a file beside what it keeps offline would be seen by nobody
         table = [["" if value is None else value for value in row.values()] for row in rows]
         logger.experiment.log_table(f"{_TABLE}.csv", tabular_data=table, headers=list(rows[0]))
-    elif directory := getattr(logger, "log_dir", None) or _directory_of_run(logger):
+    else:
+        _write(logger, f"{_TABLE}.csv", _as_csv(rows))
+
+
+def _log_health(logger: Any, health: str, step: int) -> None:
+    """To W&B's summary, TensorBoard's texts, MLflow's tags, Comet's other values, else into a file beside the table.
+
+    Of a run that is resumed the last one counts: it is of the whole run.
+    """
+    if _is(logger, "WandbLogger"):
+        wandb.log_health(logger, health)
+    elif _is(logger, "TensorBoardLogger"):
+        logger.experiment.add_text(_HEALTH, health, step)
+    elif _is(logger, "MLFlowLogger"):
+        logger.experiment.set_tag(logger.run_id, _HEALTH, health)
+    elif _is(logger, "CometLogger"):
+        logger.experiment.log_other(_HEALTH, health)
+    else:
+        _write(logger, f"{_HEALTH.replace('/', '_')}.txt", f"{health}\n")
+
+
+def _write(logger: Any, name: str, text: str) -> None:
+    if directory := getattr(logger, "log_dir", None) or _directory_of_run(logger):
         files = get_filesystem(directory)  # which need not be the local one
         files.makedirs(directory, exist_ok=True)
-        with files.open(f"{directory}/{_TABLE}.csv", "w") as file:
-            file.write(_as_csv(rows))
+        with files.open(f"{directory}/{name}", "w") as file:
+            file.write(text)
 
 
 def _is(logger: Logger, name: str) -> bool:

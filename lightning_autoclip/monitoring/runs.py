@@ -37,7 +37,8 @@ class RecordedRun:
     Args:
         source: What was read, in words.
         traces: Per optimizer, by the prefix of its keys, what happened.
-        norms: Likewise, the norms of single steps, oldest first, as far as the file has them.
+        norms: Likewise, the norms of single steps, oldest first, as far as the file has them; by value the
+            root-mean-square entries.
         settings: The callback's arguments, as far as the file has them.
         has_scaler: Whether a loss scaler was at work.
     """
@@ -143,8 +144,10 @@ def _of_log(log: Log) -> RecordedRun:
             skipped = row.get(f"{prefix}skipped_total", 0.0)
         trace.largest = sorted(trace.largest, key=lambda spike: -spike.point.norm)[:MOST_SPIKES]
         exact = [row[f"{prefix}step/grad_norm"] for row in rows if f"{prefix}step/grad_norm" in row]
-        norms[prefix] = [norm for norm in exact if 0 < norm < math.inf]
-        for norm in norms[prefix]:
+        exact = [norm for norm in exact if 0 < norm < math.inf]
+        entries = [row[f"{prefix}step/grad_rms"] for row in rows if f"{prefix}step/grad_rms" in row]
+        norms[prefix] = [entry for entry in entries if 0 < entry < math.inf] or exact
+        for norm in exact:
             trace.bins[-1].note_top(norm)
         for row, steps_of_row in zip(found, trace.bins, strict=True) if not norms[prefix] else ():
             steps_of_row.note_top(row[prefix + "grad_norm_max"])  # of how many steps, a row does not tell

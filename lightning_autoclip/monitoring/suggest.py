@@ -10,6 +10,7 @@ from lightning_autoclip.monitoring.summary import Summary
 
 PERCENTILES = (1.0, 10.0, 25.0, 50.0, 75.0, 90.0, 99.0)
 WINDOWS = (100, 1000, None)
+BY_VALUE = 3.0  # the multiplier that `AutoClip` has by value unless it is given another
 LEAST_FACTOR = 0.6  # mean factor on the step below which the learning rate is no longer what was set
 
 
@@ -30,22 +31,73 @@ def candidates(
     Raises:
         ValueError: There are fewer than two norms.
     """
+    finite = _finite(norms)
+    found = {}
+    for window in windows:
+        for percentile, thresholds in thresholds_of(finite, percentiles, window).items():
+            found[percentile, window] = _clipped(finite, thresholds)
+    return found
+
+
+def _finite(norms: Sequence[float]) -> list[float]:
     finite = [norm for norm in norms if 0 < norm < math.inf]
     if len(finite) < 2:
         raise ValueError(f"Expected at least 2 recorded norms to suggest a percentile from, but got {len(finite)}.")
-    found = {}
-    for window in windows:
-        history, by_percentile = History(window), {percentile: list[float]() for percentile in percentiles}
-        for norm in finite:
-            history.record(norm)
-            for percentile, coefs in by_percentile.items():
-                coefs.append(min(1.0, float(history.percentile(percentile)) / norm))
-        for percentile, coefs in by_percentile.items():
-            clipped = float(sum(coef < 1 for coef in coefs))
-            found[percentile, window] = Summary(
-                steps=len(coefs), measured=len(coefs), clipped=clipped, coefs=math.fsum(coefs), coef_min=min(coefs)
-            )
-    return found
+    return finite
+
+
+def thresholds_of(norms: Sequence[float], percentiles: Sequence[float], window: int | None) -> dict[float, list[float]]:
+    """By percentile, the threshold of each step over a record of norms above 0."""
+    history, thresholds = History(window), {percentile: list[float]() for percentile in percentiles}
+    for norm in norms:
+        history.record(norm)
+        for percentile, of_steps in thresholds.items():
+            of_steps.append(float(history.percentile(percentile)))
+    return thresholds
+
+
+def _clipped(norms: Sequence[float], thresholds: Sequence[float]) -> Summary:
+    """What clipping by these thresholds would have done."""
+    coefs = [min(1.0, threshold / norm) for norm, threshold in zip(norms, thresholds, strict=True)]
+    clipped, steps = float(sum(coef < 1 for coef in coefs)), len(coefs)
+    return Summary(steps=steps, measured=steps, clipped=clipped, coefs=math.fsum(coefs), coef_min=min(coefs))
+
+
+def nearest_fixed(norms: Sequence[float], thresholds: Sequence[float]) -> float:
+    """The fixed threshold that would have done most nearly the same, by norm.
+
+    That is the one with the least mean squared difference between the logarithms of its factors on the steps and of
+    theirs. Where nothing was clipped it is the largest norm, the least value that clips nothing.
+
+    Args:
+        norms: Of the steps, each above 0.
+        thresholds: Of the same steps.
+    """
+    logs = sorted(
+        (math.log(norm), min(0.0, math.log(threshold / norm)))
+        for norm, threshold in zip(norms, thresholds, strict=True)
+    )
+    # Between two norms that follow each other the same steps are clipped, and the difference is a parabola.
+    best, least = logs[-1][0], math.fsum(log_coef**2 for _, log_coef in logs)
+    unclipped, above, squares, count = least, 0.0, 0.0, 0
+    for at in range(len(logs) - 1, -1, -1):
+        log_norm, log_coef = logs[at]
+        wanted = log_norm + log_coef  # of the fixed threshold, to have the same factor here
+        unclipped, above, squares, count = unclipped - log_coef**2, above + wanted, squares + wanted**2, count + 1
+        lowest = logs[at - 1][0] if at else -math.inf
+        log_fixed = min(max(above / count, lowest), log_norm)
+        difference = unclipped + squares - 2 * log_fixed * above + count * log_fixed**2
+        if difference < least - 1e-12 * len(logs):
+            best, least = log_fixed, difference
+    return math.exp(best)
+
+
+def nearest_fixed_value(thresholds: Sequence[float]) -> float:
+    """The same by value: the geometric mean of the thresholds.
+
+    An entry that both clamp has a factor of threshold / entry; of the others nothing is recorded.
+    """
+    return math.exp(math.fsum(map(math.log, thresholds)) / len(thresholds))
 
 
 def recommended(found: Mapping[tuple[float, int | None], Summary]) -> tuple[float, int | None]:
@@ -54,20 +106,72 @@ def recommended(found: Mapping[tuple[float, int | None], Summary]) -> tuple[floa
     return next((setting for setting in eligible if found[setting].clip_coef_mean >= LEAST_FACTOR), eligible[-1])
 
 
-def table(found: Mapping[tuple[float, int | None], Summary]) -> str:
-    """The candidates as a table for the terminal, and the recommendation."""
-    lines = ["percentile  window  steps clipped  mean factor  smallest"]
+def table(norms: Sequence[float]) -> str:
+    """What several settings would have done by norm, as a table for the terminal, with a recommendation."""
+    finite, windows = _finite(norms), _distinct(norms)
+    found, lines = candidates(finite, windows=windows), ["percentile  window  steps clipped  mean factor  smallest"]
     for (percentile, window), steps in found.items():
         lines.append(
-            f"{percentile:10g}  {'all' if window is None else window:>6}  {steps.clipped_fraction:13.1%}"
+            f"{percentile:10g}  {_named(window):>6}  {steps.clipped_fraction:13.1%}"
             f"  {steps.clip_coef_mean:11.2f}  {steps.clip_coef_min:8.2g}"
         )
     percentile, window = recommended(found)
+    fixed = nearest_fixed(finite, thresholds_of(finite, [percentile], window)[percentile])
+    done = _clipped(finite, [fixed] * len(finite))
     lines += [
+        *_of_same_windows(len(finite), windows),
         "",
         f"Start with AutoClip(percentile={percentile:g}, window={window}): its mean factor on the step is"
         f" {found[percentile, window].clip_coef_mean:.2f}.",
         "By that factor it lowers the learning rate of SGD; Adam hardly minds. A lower percentile guards more.",
         "How far the weights bound the steps of SGD (`max_update_ratio`) this table does not tell.",
+        f"If it must be a fixed threshold, gradient_clip_val={fixed:.3g} would have done most nearly the same here:"
+        f" {done.clipped_fraction:.1%} clipped, mean factor {done.clip_coef_mean:.2f}.",
     ]
     return "\n".join(lines)
+
+
+def table_by_value(entries: Sequence[float], percentile: float = 50.0, multiplier: float = BY_VALUE) -> str:
+    """The thresholds of several settings by value, and the fixed ones that come nearest.
+
+    Args:
+        entries: The root-mean-square entries of the steps.
+        percentile: That of which the last line speaks.
+        multiplier: How many times the percentile the thresholds are.
+    """
+    finite, windows = _finite(entries), _distinct(entries)
+    lines, fixed = ["percentile  window  smallest threshold   largest  nearest fixed"], dict[float, float]()
+    for window in windows:
+        for each, of_record in thresholds_of(finite, sorted({*PERCENTILES, percentile}), window).items():
+            thresholds = [multiplier * threshold for threshold in of_record]
+            nearest = nearest_fixed_value(thresholds)
+            fixed.setdefault(each, nearest)
+            lines.append(
+                f"{each:10g}  {_named(window):>6}  {min(thresholds):18.3g}  {max(thresholds):8.3g}  {nearest:13.3g}"
+            )
+    lines += [
+        *_of_same_windows(len(finite), windows),
+        "",
+        f"The thresholds are {multiplier:g} times the percentile (`multiplier`) of the root-mean-square entries. How"
+        " many entries they clamp is not recorded.",
+        f"If it must be a fixed threshold, gradient_clip_val={fixed[percentile]:.3g} with"
+        f' gradient_clip_algorithm="value" comes nearest to percentile {percentile:g} over {_named(windows[0])} steps.',
+    ]
+    return "\n".join(lines)
+
+
+def _distinct(norms: Sequence[float]) -> list[int | None]:
+    """The windows that differ over so many norms: all that hold the whole record are one."""
+    finite = _finite(norms)
+    shorter = [window for window in WINDOWS if window is not None and window < len(finite)]
+    return [*shorter, next(window for window in WINDOWS if window is None or window >= len(finite))]
+
+
+def _of_same_windows(norms: int, windows: Sequence[int | None]) -> list[str]:
+    """What to say of the windows that are not shown."""
+    same = [_named(window) for window in WINDOWS if window not in windows]
+    return [f"With {norms:,} norms a window of {' or '.join(same)} is the same as {windows[-1]}."] if same else []
+
+
+def _named(window: int | None) -> str:
+    return "all" if window is None else str(window)
