@@ -14,7 +14,10 @@ from helpers import FORMS, in_form
 from ranks import TwoRanks
 
 torch.set_num_threads(1)
-collect_ignore = [] if find_spec("deepspeed") else ["test_deepspeed.py"]  # `make test-deepspeed` has it
+# `make test-deepspeed` and `make test-xla` have them, in environments of their own.
+collect_ignore = [
+    f"test_{name}.py" for name in ("deepspeed", "xla") if not find_spec({"xla": "torch_xla"}.get(name, name))
+]
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
 from lightning_autoclip.clipping.gate import StepGate
+from lightning_autoclip.clipping.undo import can_be_undone
 
 _STEP_WHAT_THEY_WRAP = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
 
@@ -131,7 +132,12 @@ def must_be_read(nonfinite: str, optimizer: Any, has_scaler: bool, is_sharded: b
     """Whether the host must know the norm before the step: where nothing on the accelerator can leave it out."""
     if nonfinite != "skip":
         return nonfinite == "raise"
-    return not (has_scaler or steps_with_found_inf(optimizer)) or must_not_skip_itself(optimizer, is_sharded)
+    is_left_out = has_scaler or steps_with_found_inf(optimizer) or _is_taken_back(optimizer)
+    return not is_left_out or must_not_skip_itself(optimizer, is_sharded)
+
+
+def _is_taken_back(optimizer: Any) -> bool:
+    return optimizer is not None and StepGate.of(optimizer).has_hooks and can_be_undone(optimizer)
 
 
 def raise_if_nonfinite(
@@ -186,7 +192,10 @@ def skip_if_nonfinite(
             other.zero_()
     if isinstance(is_finite, Tensor):
         if found_infs is None and gate is not None and gate.has_hooks:
-            gate.leave_out_if(is_finite.logical_not().to(torch.float32), optimizer)
+            if can_be_undone(optimizer):
+                gate.take_back_unless(is_finite, optimizer)
+            else:
+                gate.leave_out_if(is_finite.logical_not().to(torch.float32), optimizer)
     elif found_infs is None or must_not_skip_itself(optimizer):
         if gate is not None:
             gate.leave_out(optimizer)
