@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
-
-os.environ["PJRT_DEVICE"] = "CPU"
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ import torch_xla
 from helpers import Net, by_percentile, dataset, read_csv, trainer, weights
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.accelerators import XLAAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import XLAPrecision
@@ -24,22 +23,14 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
 from torch_xla.debug import metrics
+from xla_ranks import RUNS as RUNS_ON_TWO
+from xla_ranks import CPUClient, fit
 
 from lightning_autoclip import GradientClipper, NonFiniteGradientError, Percentile
 
 SCALES = [1.0 + 5.0 * (row // 4 % 7 == 3) + row % 3 for row in range(84)]  # for 21 batches of four rows
 SPOILED = [math.nan if row == 33 else scale for row, scale in enumerate(SCALES)]  # the ninth batch
 PER_ROW = 7  # copies to the host for 50 steps: 32 + 16 + 2 of them, numbers and norms; the count of non-finite steps
-
-
-class CPUClient(XLAAccelerator):
-    """Lightning knows TPUs only."""
-
-    parse_devices = staticmethod(lambda devices: devices)
-    get_parallel_devices = staticmethod(lambda devices: [torch.device("xla", i) for i in range(devices)])
-    auto_device_count = staticmethod(lambda: 1)
-    is_available = staticmethod(lambda: True)
-    name = staticmethod(lambda: "xla_cpu")
 
 
 def on_xla() -> dict[str, Any]:
@@ -126,10 +117,10 @@ def test_raise_stops_at_the_step_and_names_the_parameters():
         train(on_xla(), scales=SPOILED, nonfinite="raise")
 
 
-@pytest.mark.parametrize("nonfinite", ["skip", "ignore"])
-@pytest.mark.parametrize(
-    "name", ["by norm", "by value, bound", "by norm, bound", "no momentum", "AdamW on the device", "full history"]
-)
+WARM = ["by norm", "by value, bound", "by norm, bound", "no momentum", "AdamW on the device", "full history"]
+
+
+@pytest.mark.parametrize(("name", "nonfinite"), [*((name, "skip") for name in WARM), ("by norm, bound", "ignore")])
 def test_a_warm_run_compiles_nothing_and_reads_nothing_but_its_rows(name, nonfinite):
     counts = Counts()
     train(on_xla(), counts, scales=SCALES[:4] * 220, nonfinite=nonfinite, **RUNS[name])
@@ -227,3 +218,28 @@ def test_shards_of_xla_are_refused():
     optimizer = sgd(model.parameters())
     with pytest.raises(ValueError, match=r"holds a part .* Use `XLAStrategy` instead of `XLAFSDPStrategy`"):
         GradientClipper(Percentile(50)).clip_(optimizer)
+
+
+@pytest.fixture(scope="module")
+def two_devices(tmp_path_factory):
+    """Where a process of its own has left what its two ranks had in the end."""
+    folder = tmp_path_factory.mktemp("ranks")
+    program = Path(__file__).with_name("xla_ranks.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(program.parent), str(program.parents[1])])}
+    subprocess.run([sys.executable, program, folder], env=environment, check=True, timeout=900)
+    return folder
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", RUNS_ON_TWO)
+def test_two_devices_take_the_steps_of_one_process(name, two_devices, tmp_path):
+    """With the same batches: were the gradients measured before they are reduced, ranks and thresholds would differ."""
+    first, second = (torch.load(two_devices / name / "ranks" / f"{rank}.pt") for rank in (0, 1))
+    fit(tmp_path / "cpu", name, on_xla=False)
+    one = torch.load(tmp_path / "cpu" / "0.pt")
+    one.pop("own")
+    assert not torch.isclose(first.pop("own"), second.pop("own"), rtol=0.01).any()
+    assert first.pop("counts") == second.pop("counts") == one.pop("counts") == (20, 2 * ("NaN" in name))
+    for key, expected in one.items():
+        assert torch.equal(first[key], second[key])
+        torch.testing.assert_close(first[key], expected, rtol=2e-6, atol=1e-6)
