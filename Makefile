@@ -1,4 +1,4 @@
-.PHONY: test lint types unit test-deepspeed test-oldest test-zoo test-packages demo bench study study-quick fuzz docs dist clean
+.PHONY: test lint types unit test-deepspeed test-xla test-oldest test-zoo test-packages demo bench study study-quick fuzz docs dist clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -53,6 +53,16 @@ unit: $(READY)
 
 test-deepspeed: .venv-deepspeed/ready ## ZeRO 1, 2 and 3 on two CPU processes
 	.venv-deepspeed/bin/pytest -q tests/test_deepspeed.py
+
+# XLA's client for the CPU, which runs what a TPU would; it wants the torch of its own version.
+.venv-xla/ready: pyproject.toml constraints.txt $(UV)
+	$(venv)
+	grep -vE '^(torch|torchvision)==' constraints.txt > .venv-xla/constraints.txt
+	$(install) .venv-xla/constraints.txt torch==2.9.1 torch_xla==2.9.0 numpy pytest -e .
+	touch $@
+
+test-xla: .venv-xla/ready ## XLA, compiled and run on the CPU
+	.venv-xla/bin/pytest -q tests/test_xla.py
 
 # The oldest Lightning and torchmetrics that pyproject.toml allows, on the same torch. They ask for older helpers.
 .venv-oldest/ready: pyproject.toml constraints.txt $(UV)

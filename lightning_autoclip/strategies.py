@@ -34,8 +34,8 @@ _GRADIENTS = {
     "ModelParallelStrategy": "dtensors",
     "FSDPStrategy": "flat shards",
     "DeepSpeedStrategy": "in an engine",
-    "SingleDeviceXLAStrategy": "refused",
-    "XLAStrategy": "refused",
+    "SingleDeviceXLAStrategy": "whole",  # reduced at the end of the closure, which is before the hook
+    "XLAStrategy": "whole",
 }
 
 
@@ -114,8 +114,8 @@ def check_strategy(strategy: Strategy, gradient_clip_algorithm: str) -> None:
     if kind == "refused":
         raise MisconfigurationException(
             f"Gradient clipping by percentile does not support the strategy `{name}`: the norm that one process"
-            " measures there may not be the norm of the whole gradient. Use a single device, DDP, FSDP, DeepSpeed or"
-            ' `ModelParallelStrategy`, for example `Trainer(strategy="ddp")`, or remove the callback.'
+            " measures there may not be the norm of the whole gradient. Use a single device, DDP, FSDP, DeepSpeed,"
+            ' `ModelParallelStrategy` or `XLAStrategy`, for example `Trainer(strategy="ddp")`, or remove the callback.'
         )
     if kind == "in an engine" and gradient_clip_algorithm != "norm":
         raise MisconfigurationException(
@@ -288,12 +288,22 @@ _SCALES = {
     "HalfPrecision": "true",
     "BitsandbytesPrecision": "true",
     "TransformerEnginePrecision": "true",
+    "XLAPrecision": "true",
 }
 
 
 def check_precision(plugin: Precision) -> None:
-    """Warn of a precision plugin of which nobody knows by what it multiplies the loss."""
+    """Warn of a precision plugin of which nobody knows by what it multiplies the loss.
+
+    Raises:
+        MisconfigurationException: It scales the loss on XLA.
+    """
     names = [base.__name__ for base in type(plugin).__mro__]
+    if "XLAPrecision" in names and getattr(plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            f"Gradient clipping by percentile does not support the loss scaler of `{names[0]}`, whose steps are left"
+            ' out by the host: train on XLA with `precision="bf16-true"` or "32-true".'
+        )
     if names[0] != "Precision" and not _SCALES.keys() & names:
         rank_zero_warn(
             f"The precision plugin `{names[0]}` is not known: its gradients are taken to be at their true scale, or at"

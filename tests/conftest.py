@@ -12,7 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-collect_ignore = [] if find_spec("deepspeed") else ["test_deepspeed.py"]  # `make test-deepspeed` has it
+# `make test-deepspeed` and `make test-xla` have them, in environments of their own.
+collect_ignore = [
+    f"test_{name}.py" for name in ("deepspeed", "xla") if not find_spec({"xla": "torch_xla"}.get(name, name))
+]
 
 # The groups that take longest begin first, so that the workers end together.
 LONGEST = ["processes", "test_report", "test_wandb_online", "test_looking_back", "test_spikes", "test_groups"]

@@ -11,7 +11,7 @@ from processes import run_program
 import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
-_CLIPPING = ["_numbers", "record", "metric", "policies", "shards", "gradients", "gate", "optimizers", "bound"]
+_CLIPPING = ["_numbers", "record", "metric", "policies", "shards", "gradients", "undo", "gate", "optimizers", "bound"]
 _CLIPPING += ["outliers", "threshold", "step", "parts", "clipper"]
 _MONITORING = [
     "summary",

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_autoclip import AutoClip, Constant, GradientClipper, GradientClipping, Percentile
 from lightning_autoclip.clipping import _numbers
 from lightning_autoclip.clipping.gradients import LEAST_ENTRY
+from lightning_autoclip.clipping.step import StepRecord
 
 RATIO = 0.05
 BIG = Constant(1e30)  # leaves everything to the bound
@@ -150,8 +151,10 @@ def test_the_bound_follows_the_schedule_down_to_a_tenth_of_its_rate(form):
             whole, matrices = norm_of(pl_module.parameters()), [pl_module.net[0].weight, pl_module.net[2].weight]
             most = max(norm_of([each]) / norm([each]) for each in matrices)
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
-            record = self._scopes.optimizers[0].scopes[""].recorder._on_device[-1][1]
-            seen.append((float(record.max_norm), RATIO * whole / (10 * max(lr, 0.01) * most)))
+            _, numbers, _ = self._scopes.optimizers[0].scopes[""].recorder._on_device[-1]
+            seen.append(
+                (float(numbers[StepRecord._fields.index("max_norm")]), RATIO * whole / (10 * max(lr, 0.01) * most))
+            )
 
     trainer(Notes(max_update_ratio=RATIO), max_steps=6).fit(Schedules(), loader())
     for found, expected in seen:

@@ -14,10 +14,11 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import Net, by_percentile, loader, norm_of, trainer, weights
+from lightning.fabric.strategies import XLAFSDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
-from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision, XLAPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -307,13 +308,18 @@ def subclass_of(base: type) -> Any:
     return Custom()
 
 
-@pytest.mark.parametrize("base", [SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy])
+@pytest.mark.parametrize(
+    "base",
+    [SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceXLAStrategy, XLAStrategy],
+)
 def test_a_subclass_counts_as_the_strategy_that_it_extends(base):
     for algorithm in ("norm", "value"):
         check_strategy(subclass_of(base), algorithm)
 
 
-@pytest.mark.parametrize(("base", "warns"), [(Precision, True), (MixedPrecision, False), (HalfPrecision, False)])
+@pytest.mark.parametrize(
+    ("base", "warns"), [(Precision, True), (MixedPrecision, False), (HalfPrecision, False), (XLAPrecision, False)]
+)
 def test_an_unknown_precision_plugin_is_warned_of(base, warns):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -328,7 +334,7 @@ def test_deepspeed_clips_by_norm_only():
         check_strategy(subclass_of(DeepSpeedStrategy), "value")
 
 
-@pytest.mark.parametrize("base", [object, XLAStrategy, SingleDeviceXLAStrategy])
+@pytest.mark.parametrize("base", [object, XLAFSDPStrategy])
 def test_an_unknown_strategy_is_refused(base):
     with pytest.raises(MisconfigurationException, match=r"does not support the strategy `Custom`.*\"ddp\""):
         check_strategy(subclass_of(base), "norm")

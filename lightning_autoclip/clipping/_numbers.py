@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from ctypes import c_float
 from functools import lru_cache
 from typing import TypeAlias
@@ -23,6 +24,37 @@ def reads_are_free(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def compiles_graphs(device: torch.device) -> bool:
+    """Whether operations are gathered until somebody looks, and compiled as one graph (XLA).
+
+    Copies that nobody looks at cost nothing there, and each new shape or number of tensors costs a compilation.
+    """
+    return device.type == "xla"
+
+
+def smaller(first: Tensor, second: Tensor) -> Tensor:
+    """The smaller of two numbers of an accelerator; of a number and a NaN the number."""
+    if not compiles_graphs(first.device):
+        return torch.fmin(first, second)
+    return torch.where((first <= second) | second.isnan(), first, second)  # there `fmin` is a read by the host
+
+
+def on_host(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of equal shape that wait on an accelerator, stacked on the CPU.
+
+    One copy; where graphs are compiled, one for each power of two that their number is made of, so that few numbers of
+    rows are ever compiled, whatever number waits.
+    """
+    if not compiles_graphs(rows[0].device):
+        return torch.stack(list(rows)).cpu()
+    parts, first = [], 0
+    while first < len(rows):
+        length = 1 << ((len(rows) - first).bit_length() - 1)
+        parts.append(torch.stack(list(rows[first : first + length])).cpu())
+        first += length
+    return torch.cat(parts)
+
+
 def single(number: float) -> float:
     """The nearest float32, which is what a record keeps: a norm must equal itself when it is compared with it."""
     return c_float(number).value
@@ -39,8 +71,8 @@ def unknown(like: Number) -> Number:
     return constant(math.nan, like.device) if isinstance(like, Tensor) else math.nan
 
 
-def smaller(number: Number, other: Number) -> Number:
-    """The smaller one of two numbers of one form."""
+def minimum(number: Number, other: Number) -> Number:
+    """The smaller one of two numbers of one form; NaN if one is."""
     if isinstance(number, Tensor) and isinstance(other, Tensor):
         return torch.minimum(number, other)
     return min(number, other)

@@ -198,7 +198,7 @@ class StepBound:
         if rate is None:
             each, rate = rates.of_parameters(positions, there)
             there = there * each
-        most = (there * self._inverse).amax()
+        most = (there * self._inverse).max()  # `amax` without dimensions reduces nothing on XLA (2.9)
         if isinstance(rate, Tensor):
             most, rate = most * rate.to(most.device), 1.0
         bound: Tensor = norm * (self.ratio / rate) / most if rate > 0 else constant(math.inf, most.device)

@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from lightning_autoclip.clipping import _numbers
-from lightning_autoclip.clipping._numbers import Number, smaller, unknown
+from lightning_autoclip.clipping._numbers import Number, minimum, unknown
 from lightning_autoclip.clipping.bound import Rates, is_proportional
 from lightning_autoclip.clipping.gate import StepGate
 from lightning_autoclip.clipping.gradients import Gradients, norm_of
@@ -125,7 +125,7 @@ class GradientClipper(Threshold):
         is_read = self.nonfinite == "raise" or _numbers.reads_are_free(norm.device)
         number: Number = norm.item() if is_read else norm
         threshold = self.decide(number < math.inf, number)
-        clipped, so_far = smaller(number, threshold), self.nonfinite_so_far
+        clipped, so_far = minimum(number, threshold), self.nonfinite_so_far
         record = StepRecord(number, clipped, number, threshold, so_far, unknown(number))
         if self.nonfinite == "raise" and loss_scale <= 1 and not math.isfinite(number):
             raise NonFiniteGradientError(f"The norm of the gradient is {float(number)}.", [], [record])

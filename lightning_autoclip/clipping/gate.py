@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lightning_autoclip.clipping.undo import Undo
+
 
 class StepGate:
     """Stands before the step of one optimizer: knows of each step, and leaves one out on demand.
@@ -37,6 +39,7 @@ class StepGate:
         self._is_asked = False  # to drop them: else they would be held for nothing
         self._was_zeroed = self._notes_zero_grad = False  # while they are taken
         self._found_inf: Tensor | None = None
+        self._undo: Undo | None = None
 
     @classmethod
     def of(cls, optimizer: Any) -> StepGate:
@@ -58,7 +61,7 @@ class StepGate:
 
     def forget(self, optimizer: Any) -> None:
         """Take back what was said of a step that was not made."""
-        self._leaves_out, self._taken = False, []
+        self._leaves_out, self._taken, self._undo = False, [], None
         self._forget_found_inf(optimizer)
         self._note_zero_grad(optimizer, False)
 
@@ -82,6 +85,10 @@ class StepGate:
     def leave_out_if(self, found_inf: Tensor, optimizer: Any) -> None:
         """Have the coming step of a fused optimizer change nothing if this, on its device, is 1."""
         optimizer.found_inf = self._found_inf = found_inf
+
+    def take_back_unless(self, goes: Tensor, optimizer: Any) -> None:
+        """Have the coming step, once it is made, change nothing unless this, on its device, is true."""
+        self._undo = Undo(optimizer, goes)
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._depth, self._is_young = self._depth + 1, False
@@ -125,6 +132,9 @@ class StepGate:
         self._depth, self._is_young = self._depth - 1, False
         if self._depth > 0:
             return
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
         self.passed_by += not self._is_expected
         self.computed, self._depth, self._is_expected = 0, 0, False
         given_back = [] if self._was_zeroed else [each for each in self._taken if each[0].grad is None]

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_autoclip.clipping import _numbers
-from lightning_autoclip.clipping._numbers import Number, constant, single
+from lightning_autoclip.clipping._numbers import Number, constant, single, smaller
 from lightning_autoclip.clipping.shards import (
     Shard,
     are_shared,
     gradient_of,
+    refuse_xla_shards,
     shape_of,
     shard_of_gradient,
     share_of_weights,
@@ -76,6 +77,8 @@ class Gradients:
             self.shards = [shard_of_gradient(parameter, self._given) for parameter in parameters]
         pairs = zip(parameters, self.tensors, strict=True)
         self.device = next((own.device for each, own in pairs if each.grad is not None), parameters[0].device)
+        if _numbers.compiles_graphs(self.device):
+            refuse_xla_shards(parameters)
 
     def norms(self, read: bool = False) -> Numbers:
         """L2 norm of each parameter's whole gradient, 0 where there is none.
@@ -202,7 +205,7 @@ def clip_norm_(tensors: list[Tensor], norm: Number, threshold: Number, is_finite
                 torch._foreach_mul_(alike, float(threshold / norm))
         return
     unchanged = constant(1.0, norm.device)
-    factor = torch.fmin(torch.where(is_finite, threshold / norm, unchanged), unchanged)
+    factor = smaller(torch.where(is_finite, threshold / norm, unchanged), unchanged)
     for (device, dtype), alike in _grouped(tensors).items():
         _multiply_(alike, dtype, factor.to(device, non_blocking=True))
 
@@ -267,7 +270,7 @@ def _multiply_(tensors: list[Tensor], dtype: torch.dtype, factor: Tensor) -> Non
     """
     if dtype == torch.float16 and factor.device.type in _UNSCALE_FLOAT16:
         torch._amp_foreach_non_finite_check_and_unscale_(tensors, _unread(factor.device), factor)
-    elif dtype == torch.bfloat16:
+    elif dtype == torch.bfloat16 and not _numbers.compiles_graphs(factor.device):
         torch._foreach_mul_(tensors, factor.view(torch.int32).bitwise_and(-(2**16)).view(torch.float32).to(dtype))
     else:
         torch._foreach_mul_(tensors, factor)

@@ -13,6 +13,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 
 from lightning_autoclip.clipping._numbers import constant
 from lightning_autoclip.clipping.gate import StepGate
+from lightning_autoclip.clipping.undo import can_be_undone
 
 _STEP_WHAT_THEY_WRAP = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
 
@@ -147,8 +148,13 @@ def must_be_read(
     """
     if nonfinite == "raise" or (nonfinite == "ignore" and not skips_outliers):
         return nonfinite == "raise"
-    can_be_left_out = steps_with_found_inf(optimizer) or (has_scaler and not skips_outliers)
+    can_be_left_out = steps_with_found_inf(optimizer) or _is_taken_back(optimizer)
+    can_be_left_out |= has_scaler and not skips_outliers
     return not can_be_left_out or must_not_skip_itself(optimizer, is_sharded)
+
+
+def _is_taken_back(optimizer: Any) -> bool:
+    return optimizer is not None and StepGate.of(optimizer).has_hooks and can_be_undone(optimizer)
 
 
 def raise_if_nonfinite(
@@ -219,7 +225,9 @@ def leave_out(is_bad: bool | Tensor, parameters: Sequence[Tensor], optimizer: An
         gate: Of the optimizer; ``None`` if that is not known.
     """
     if isinstance(is_bad, Tensor):
-        if gate is not None and gate.has_hooks:
+        if gate is not None and gate.has_hooks and can_be_undone(optimizer):
+            gate.take_back_unless(is_bad.logical_not(), optimizer)
+        elif gate is not None and gate.has_hooks:
             gate.leave_out_if(_flag_of(is_bad.logical_not()), optimizer)
     elif is_bad and gate is not None:
         gate.leave_out(optimizer)

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_autoclip.clipping._numbers import Number, constant, single, smaller, unknown
+from lightning_autoclip.clipping._numbers import Number, constant, minimum, single, unknown
 from lightning_autoclip.clipping.bound import Rates
 from lightning_autoclip.clipping.gradients import Gradients, Measured, Numbers, at, clip_norm_, clip_value_, norm_of
 from lightning_autoclip.clipping.step import StepRecord
@@ -69,7 +69,7 @@ class Part:
         clipped_norm = unknown(norm)
         if is_by_norm:
             clip_norm_(tensors, norm, threshold, clips)
-            clipped_norm = smaller(norm, threshold)
+            clipped_norm = minimum(norm, threshold)
         else:
             clip_value_(tensors, threshold, clips)
             if rates is not None:

@@ -61,11 +61,11 @@ def _checked(policy: Policy, threshold: float) -> float:
 
 
 def threshold_on_device(policy: Policy, history: History, device: torch.device) -> Tensor:
-    """The same on an accelerator, shape ``()``, float32. Below 0, which nobody reads there, it counts as 0."""
+    """The same on an accelerator, shape ``()``, float32. It may be below 0, which nobody reads there."""
     threshold = _asked(policy, history)
     if not isinstance(threshold, Tensor):
         return constant(_checked(policy, threshold), device)
-    return threshold.to(torch.float32).reshape(()).clamp(min=0.0)
+    return threshold.to(torch.float32).reshape(())
 
 
 def _asked(policy: Policy, history: History) -> Number:

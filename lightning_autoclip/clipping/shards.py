@@ -41,6 +41,19 @@ def are_shared(parameters: Iterable[Tensor], shards: Mapping[Tensor, Shard] | No
     return shards is not None or (dtensor is not None and any(isinstance(each, dtensor) for each in parameters))
 
 
+def refuse_xla_shards(parameters: Iterable[Tensor]) -> None:
+    """Refuse parameters of `XlaFullyShardedDataParallel`: a process holds a part, and nothing says how large.
+
+    Raises:
+        ValueError: There are some.
+    """
+    if any(getattr(parameter, "_is_sharded", False) for parameter in parameters):
+        raise ValueError(
+            "Expected whole gradients on XLA, but got those of `XlaFullyShardedDataParallel`, of which each process"
+            " holds a part and would clip it at a threshold of its own. Use `XLAStrategy` instead of `XLAFSDPStrategy`."
+        )
+
+
 def shard_of_gradient(parameter: Any, shards: Mapping[Tensor, Shard]) -> Shard:
     """How much of a gradient this process holds: known of a DTensor by itself, else given."""
     gradient = parameter.grad

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_autoclip._checks import check_choice, check_integer, check_positive
-from lightning_autoclip.clipping._numbers import Number, constant, single
+from lightning_autoclip.clipping._numbers import Number, compiles_graphs, constant, single, smaller
 from lightning_autoclip.clipping.bound import StepBound
 from lightning_autoclip.clipping.outliers import Outliers
 from lightning_autoclip.clipping.policies import Policy, threshold_of, threshold_on_device
@@ -80,10 +80,11 @@ class Threshold:
             self._nonfinite = bad + self._nonfinite
             self.history.record(statistic, torch.logical_and(is_finite, statistic))
             limit_there = constant(self.max_threshold, device)
-            limit_there = torch.fmin(limit_there, most) if isinstance(most, Tensor) else limit_there
+            limit_there = smaller(limit_there, most) if isinstance(most, Tensor) else limit_there
             if self.steps <= self.warmup_steps:
                 return limit_there
-            return torch.fmin(threshold_on_device(self.policy, self.history, device), limit_there)
+            asked = threshold_on_device(self.policy, self.history, device)
+            return smaller(asked, limit_there).clamp(min=0.0)  # in this order: XLA may make 0 of a NaN
         self._nonfinite = float(self._nonfinite) + (not is_finite)
         if is_finite and statistic > 0:
             self.history.record(statistic)
@@ -100,6 +101,8 @@ class Threshold:
 
     def is_measured(self, is_finite: bool | Tensor) -> bool:
         """By value, whether the norm after clipping is measured at this step: it is one more read of the gradients."""
+        if isinstance(is_finite, Tensor) and compiles_graphs(is_finite.device):
+            return True  # a step of another kind would be compiled too
         if self._until_measured > 0:
             self._until_measured -= 1
             return False

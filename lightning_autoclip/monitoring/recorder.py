@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_autoclip.clipping._numbers import compiles_graphs, on_host
 from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.monitoring.held import NOTHING, Held
 from lightning_autoclip.monitoring.summary import Point
@@ -22,7 +23,7 @@ _MAX_ON_DEVICE = 1024  # records that may wait on the device, however far apart 
 class Recorder:
     """Holds the step records of one optimizer and sums them up in rows.
 
-    Records of an accelerator stay there until a row is due: one copy to the host per row, none per step.
+    Records of an accelerator stay there until a row is due: one copy of them to the host per row, none per step.
 
     Args:
         prefix: What the keys of the rows start with, for example ``"autoclip/"``.
@@ -52,7 +53,7 @@ class Recorder:
         self.prefix, self.by_value, self.every_step, self.layer_depth = prefix, by_value, every_step, layer_depth
         self.trace, self.skips = Trace() if trace is None else trace, skips
         self.max_update_ratio: float | None = None
-        self._on_device: list[tuple[tuple[int, int, int, int], StepRecord]] = []  # or on the host, of the CPU
+        self._on_device: list[tuple[tuple[int, int, int, int], Any, Any]] = []  # or on the host, of the CPU
         self.held = Held()
         self._last_row: dict[str, float] | None = None
         self._last_finite: dict[str, float] = {}  # by key
@@ -64,9 +65,12 @@ class Recorder:
 
     def add(self, record: StepRecord, *, step: int, epoch: int, first_batch: int, last_batch: int) -> None:
         """Hold a record until the next row: with what the clipper does not know of it, as `Point` says."""
-        if self._on_device and isinstance(record.norm, Tensor) != isinstance(self._on_device[-1][1].norm, Tensor):
+        numbers: Any = record[:_NUMBERS]
+        if isinstance(record.norm, Tensor) and compiles_graphs(record.norm.device):
+            numbers = torch.stack(numbers)  # now, as a part of the step
+        if self._on_device and isinstance(numbers[0], Tensor) != isinstance(self._on_device[-1][1][0], Tensor):
             self._fetch()  # the host has read the one step, but not the other
-        self._on_device.append(((step, epoch, first_batch, last_batch), record))
+        self._on_device.append(((step, epoch, first_batch, last_batch), numbers, record.parameter_norms))
         if len(self._on_device) >= _MAX_ON_DEVICE:
             self._fetch()
 
@@ -83,12 +87,16 @@ class Recorder:
         """Copy to the host what is held on the device, and sum it up."""
         if not self._on_device:
             return
-        places, records = zip(*self._on_device, strict=True)
+        places: Any
+        numbers: Any
+        norms: Any
+        places, numbers, norms = zip(*self._on_device, strict=True)
         self._on_device = []
-        numbers: Any = [record[:_NUMBERS] for record in records]
-        norms: Any = [record.parameter_norms for record in records]
-        if isinstance(records[0].norm, Tensor):
-            there = torch.stack([number for those in numbers for number in those]).view(len(records), -1)
+        if isinstance(numbers[0], Tensor):
+            numbers = on_host(numbers).tolist()
+            norms = norms if norms[0] is None else on_host(norms)
+        elif isinstance(numbers[0][0], Tensor):
+            there = torch.stack([number for those in numbers for number in those]).view(len(numbers), -1)
             there = there if norms[0] is None else torch.cat((there, torch.stack(norms)), 1)
             here = there.cpu()  # in one copy
             numbers, norms = here[:, :_NUMBERS].tolist(), norms if norms[0] is None else here[:, _NUMBERS:]
