@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+WORKERS ?= 2
 
 test: lint types unit ## everything that a change must pass
 
@@ -38,7 +39,7 @@ types: $(READY)
 	$(BIN)/mypy
 
 unit: $(READY)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n $(WORKERS)
 
 # DeepSpeed has an environment of its own: it builds against the torch that is there, and nobody else needs it.
 .venv-deepspeed/ready: pyproject.toml constraints.txt $(UV)
@@ -58,7 +59,7 @@ test-deepspeed: .venv-deepspeed/ready ## ZeRO 1, 2 and 3 on two CPU processes
 	touch $@
 
 test-oldest: .venv-oldest/ready ## the oldest versions of Lightning and torchmetrics that are supported
-	.venv-oldest/bin/pytest -q
+	.venv-oldest/bin/pytest -q -n $(WORKERS)
 
 .venv-zoo/ready: pyproject.toml constraints.txt $(UV)
 	$(venv)
