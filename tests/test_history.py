@@ -43,6 +43,7 @@ def test_percentile_agrees_with_numpy_at_every_step(which, values, percentile, w
         np.testing.assert_array_equal(metric.recorded.numpy(), expected.astype(np.float32))
 
 
+@settings(deadline=None)
 @given(values=st.lists(ANY, min_size=1, max_size=40), window=WINDOWS, switch=st.integers(0, 40))
 def test_a_record_that_moves_between_devices_goes_on(values, window, switch):
     """The two forms keep one and the same state, so that a record can go from an accelerator to the CPU and back."""

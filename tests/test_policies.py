@@ -40,6 +40,7 @@ def test_zscore_is_numpys_mean_and_standard_deviation(which, norms, z):
 
 
 @pytest.mark.parametrize("which", FORMS)
+@settings(deadline=None)
 @given(norms=NORMS)
 def test_a_rule_from_mean_and_deviation_is_that_of_numpy(which, norms):
     class MeanPlusHalf(Policy):
@@ -49,6 +50,7 @@ def test_a_rule_from_mean_and_deviation_is_that_of_numpy(which, norms):
     assert threshold(MeanPlusHalf(), norms, which) == pytest.approx(2 * np.mean(norms) + np.std(norms) / 2, rel=1e-4)
 
 
+@settings(deadline=None)
 @given(NORMS)
 def test_constant_does_not_look_at_the_norms(norms):
     assert threshold(Constant(0.25), norms) == 0.25

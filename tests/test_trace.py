@@ -436,6 +436,7 @@ def test_shares_are_summed_up_by_module(depth: int, expected: dict[str, float]) 
     assert list(summed) == list(expected)
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join), st.floats(0, 1)),
     st.integers(1, 5),
