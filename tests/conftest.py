@@ -18,7 +18,26 @@ collect_ignore = [
 ]
 
 # The groups that take longest begin first, so that the workers end together.
-LONGEST = ["processes", "test_report", "test_wandb_online", "test_looking_back", "test_spikes", "test_groups"]
+LONGEST = [
+    "processes",
+    "test_report",
+    "test_wandb_online",
+    "test_looking_back",
+    "test_logs",
+    "test_groups",
+    "test_spikes",
+]
+
+# The groups that take longest begin first, so that the workers end together.
+LONGEST = [
+    "processes",
+    "test_report",
+    "test_wandb_online",
+    "test_looking_back",
+    "test_logs",
+    "test_groups",
+    "test_spikes",
+]
 
 
 @pytest.fixture(autouse=True)

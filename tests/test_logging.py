@@ -28,7 +28,7 @@ from ranks import SpawnedDDP
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
-from wandb_reader import read_runs
+from wandb_reader import finish, read_runs
 
 from lightning_autoclip import AutoClip, StepRecord
 from lightning_autoclip.__main__ import main
@@ -381,7 +381,7 @@ def test_over_a_resume_each_step_is_logged_once(tmp_path: Path, kind: str, per_e
     options |= {"log_every_step": True, "enable_checkpointing": True}
     logger = LOGGERS[kind](tmp_path / "1")
     fit(first, logger, saving, max_steps=7, **options)
-    wandb.finish()
+    finish(tmp_path)
     if kind != "csv":  # a new CSVLogger deletes what stands in its directory
         logger = LOGGERS[kind](tmp_path / ("2" if kind == "wandb" else "1"))
     fit(second, logger, saving, max_steps=16, ckpt=tmp_path / "saved.ckpt", **options)

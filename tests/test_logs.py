@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import wandb
 from helpers import Net, by_percentile, loader, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -22,7 +21,7 @@ from models import Manual, Noting, OptimizerPerLayer
 from processes import ROOT, TIME_LIMIT
 from torch import Tensor
 from torch.optim import SGD, Adam
-from wandb_reader import read_runs
+from wandb_reader import finish
 
 from lightning_autoclip import AutoClip
 from lightning_autoclip.__main__ import main
@@ -44,11 +43,8 @@ def slowly(parameters: Any) -> SGD:
 
 def read(path: Path, kind: str) -> RecordedRun:
     """The run that a logger has written below a directory."""
-    wandb.finish()
-    if kind != "wandb":
-        return read_run(path / "run")
-    read_runs(path)  # waits for the end of the file
-    return read_run(path / "wandb" / "latest-run")
+    finish(path)
+    return read_run(path / ("wandb/latest-run" if kind == "wandb" else "run"))
 
 
 def figures(run: Any) -> dict[str, Any]:
@@ -225,10 +221,9 @@ def fit(
 def test_the_parts_of_a_run_that_was_resumed_are_joined_by_step(tmp_path: Path, kind: str, given: str) -> None:
     first, second = Noting(optimizer=slowly), Noting(optimizer=slowly)
     fit(first, tmp_path, kind, max_steps=33)
-    wandb.finish()
+    finish(tmp_path)
     callback = fit(second, tmp_path, kind, tmp_path / "saved.ckpt")
-    wandb.finish()
-    read_runs(tmp_path)
+    finish(tmp_path)
     path = tmp_path / "run"
     if kind == "wandb":
         parts = sorted(each for each in (tmp_path / "wandb").glob("offline-run-*"))
@@ -258,7 +253,7 @@ def test_steps_that_were_made_once_more_after_a_crash_count_once(tmp_path: Path)
 @every_logger
 def test_of_parts_with_different_percentiles_no_share_is_expected(tmp_path: Path, kind: str) -> None:
     fit(Noting(optimizer=slowly), tmp_path, kind, max_steps=33)
-    wandb.finish()
+    finish(tmp_path)
     with pytest.warns(UserWarning, match="goes on with"):
         fit(Noting(optimizer=slowly), tmp_path, kind, tmp_path / "saved.ckpt", percentile=90)
     assert math.isnan(figures(read(tmp_path, kind))["expected_fraction"])
@@ -270,8 +265,7 @@ def test_a_folder_of_several_runs_is_refused_with_their_names(
     for name in ("one", "two"):
         logger = WandbLogger(save_dir=tmp_path, project="test", id=name)
         trainer(by_percentile(verbose=False), logger=logger).fit(Net(), loader())
-        wandb.finish()
-    read_runs(tmp_path)
+        finish(tmp_path)
     assert main(["report", str(tmp_path / "wandb")]) == 1
     assert "to hold one W&B run, but it has one, two" in capsys.readouterr().err
 
@@ -314,8 +308,7 @@ def test_of_a_file_before_its_first_row_the_report_says_that_nothing_is_on_disk_
 def test_a_run_without_the_callback_is_not_said_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind in MAKERS:
         trainer(logger=MAKERS[kind](tmp_path), log_every_n_steps=2).fit(Net(), loader())
-        wandb.finish()
-        read_runs(tmp_path)
+        finish(tmp_path)
         assert main(["report", str(tmp_path / ("wandb/latest-run" if kind == "wandb" else "run"))]) == 1
         assert "has no rows of `AutoClip` or `GradientClipping` (keys" in capsys.readouterr().err
         for file in tmp_path.glob("run/*"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import wandb
 from processes import TIME_LIMIT
 from wandb.proto.wandb_internal_pb2 import MetricRecord, Record
 
@@ -29,6 +30,12 @@ class Run:
 def read_runs(directory: Path) -> list[Run]:
     """All finished runs below a directory, oldest first."""
     return [_read_run(path) for path in sorted(directory.rglob("*.wandb"), key=lambda path: path.stat().st_ctime_ns)]
+
+
+def finish(directory: Path) -> None:
+    """End the client's run and wait until it is on disk: a next run of the same id may cut off what is to come."""
+    wandb.finish()
+    read_runs(directory)
 
 
 def _read_run(path: Path) -> Run:
