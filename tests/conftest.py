@@ -28,17 +28,6 @@ LONGEST = [
     "test_spikes",
 ]
 
-# The groups that take longest begin first, so that the workers end together.
-LONGEST = [
-    "processes",
-    "test_report",
-    "test_wandb_online",
-    "test_looking_back",
-    "test_logs",
-    "test_groups",
-    "test_spikes",
-]
-
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from models import Figures
 from test_sharded import STRATEGIES, whole_weights
 from torch import nn
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_autoclip import AutoClip, GradientClipper, Percentile
 from lightning_autoclip.clipping.clipper import clip_together_
@@ -149,6 +149,60 @@ def test_a_step_too_large_in_one_group_is_left_out_of_all(form):
         assert moved == [step not in (30, 31)] * 2
 
 
+def test_steps_in_a_row_are_counted_for_all_groups_alike(form):
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = SGD(parameters, lr=0.1, fused=True)
+    clippers = [GradientClipper(Percentile(50), skip_above=5) for _ in parameters]
+    left_out = []
+    for step in range(50):
+        for i, parameter in enumerate(parameters):  # one after the other they rise for good
+            parameter.grad = torch.full((2,), 100.0 if step >= 30 + MOST_IN_A_ROW * i else 1.0)
+        records = clip_together_([(clipper, [i]) for i, clipper in enumerate(clippers)], optimizer)
+        optimizer.step()
+        left_out += [step for record in records[:1] if record.left_out]
+    assert left_out == list(range(30, 30 + MOST_IN_A_ROW))
+
+
+class Passing(Optimizer):
+    """Wraps an optimizer, steps with it, and passes on whatever else it is asked for."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner, self.param_groups = inner, inner.param_groups
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+@FUSED
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_wrapper_that_passes_everything_on_leaves_steps_out_too(form, fused, kind):
+    norms = norms_of_a_run()
+    clipper = GradientClipper(Percentile(50), window=WINDOW, skip_above=TIMES)
+    seen = steps_of(clipper, Passing(optimizer_of(kind, fused)), norms)
+    expected = left_out_of(norms)
+    assert [moved for _, moved, _ in seen] == [
+        not bad and math.isfinite(norm) for bad, norm in zip(expected, norms, strict=True)
+    ]
+
+
+@ALGORITHMS
+def test_a_record_says_that_a_step_that_is_left_out_is_not_clipped(form, algorithm):
+    clipper = GradientClipper(Percentile(50), skip_above=3, gradient_clip_algorithm=algorithm)
+    optimizer = optimizer_of("sgd", True)
+    (parameter,) = optimizer.param_groups[0]["params"]
+    for norm in [1.0] * 30 + [10.0]:
+        parameter.grad = torch.full((4,), norm)
+        record = clipper.clip_(optimizer)
+        optimizer.step()
+    assert record.left_out == 1.0
+    assert float(record.clipped_norm) == pytest.approx(20.0)
+    assert torch.equal(parameter.grad, torch.full((4,), 10.0))
+
+
 @pytest.mark.parametrize("cut", [25, 47, 62, 63, 66])
 def test_a_clipper_that_is_saved_and_loaded_goes_on_alike(form, cut):
     norms = norms_of_a_run()
@@ -204,6 +258,7 @@ def test_a_trainer_leaves_them_out_and_tells(tmp_path, algorithm, fused, precisi
     fit(autoclip, fused=fused, logger=logger, **others)
     rows = read_csv(tmp_path / "run" / "metrics.csv")
     assert [float(row["autoclip/skipped_total"]) for row in rows if row["autoclip/skipped_total"]] == [0, 1, 2, 2]
+    assert all(float(row["autoclip/grad_norm_clipped"]) < 10 for row in rows if row["autoclip/grad_norm_clipped"])
     told = {spike["step"]: spike for spike in autoclip.spikes()}
     assert {step for step, spike in told.items() if spike["left_out"]} == {25, 50}
     assert (told[25]["batches"], math.isnan(told[25]["clip_coef"])) == ("25", True)

@@ -202,7 +202,7 @@ class StepBound:
         if isinstance(rate, Tensor):
             most, rate = most * rate.to(most.device), 1.0
         bound: Tensor = norm * (self.ratio / rate) / most if rate > 0 else constant(math.inf, most.device)
-        return bound
+        return bound.to(torch.float32)
 
     def _on_host(self) -> list[float]:
         """The same after a step that was not read: a read."""

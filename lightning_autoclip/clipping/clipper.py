@@ -204,7 +204,7 @@ def clip_together_(
     norm = norm_of(norms := measured.norms)
     is_finite = norm < math.inf
     parts = parts_of(clippers, parameters, measured, norm, gradients.shards is not None)
-    is_bad = is_outlier = any_outlier(parts, is_finite) if first.outliers.is_on else False
+    is_bad = is_outlier = any_outlier(clippers, parts, is_finite) if first.outliers.is_on else False
     records = [
         None if part is None else part.clip_(gradients, measured, rates, is_finite, is_outlier) for part in parts
     ]

@@ -116,8 +116,12 @@ def unscale_(grad_scaler: GradScaler, target: Any) -> list[Tensor]:
 
 def steps_with_found_inf(optimizer: Any) -> bool:
     """Whether the optimizer's step reads ``found_inf``: all of its groups are fused."""
-    supports = getattr(optimizer, "_step_supports_amp_scaling", False) and StepGate.of(optimizer).has_hooks
-    return supports and all(group.get("fused") for group in optimizer.param_groups)
+    name = "_step_supports_amp_scaling"
+    # Its own: a wrapper that passes on what it is asked for would be told, and the step that it calls would not.
+    own = getattr(optimizer, "__dict__", {}).get(name) or getattr(type(optimizer), name, False)
+    return (
+        bool(own) and StepGate.of(optimizer).has_hooks and all(group.get("fused") for group in optimizer.param_groups)
+    )
 
 
 def must_not_skip_itself(optimizer: Any, is_sharded: bool = False) -> bool:

@@ -39,10 +39,10 @@ class Outliers:
         """Whether any step can be one."""
         return self.times < math.inf
 
-    def judge(
+    def is_above(
         self, statistic: Number, is_finite: bool | Tensor, history: History, steps: int, warmup_steps: int = 0
     ) -> bool | Tensor:
-        """Whether a step is to be left out for its size; to be called once per step, before it is recorded.
+        """Whether a step, or a part of it, is so large; to be asked before it is recorded.
 
         Args:
             statistic: Of the step, in the record's unit.
@@ -59,11 +59,20 @@ class Outliers:
         typical = history.percentile(50)
         if isinstance(statistic, Tensor):
             device = statistic.device
-            above = (statistic > torch.as_tensor(typical, device=device) * self.times) & is_finite
+            return (statistic > torch.as_tensor(typical, device=device) * self.times) & is_finite
+        return bool(is_finite) and statistic > self.times * float(typical)
+
+    def count(self, is_above: bool | Tensor) -> bool | Tensor:
+        """Whether a step is to be left out; to be called once per step.
+
+        Args:
+            is_above: Whether the step, or one of its parts, is so large.
+        """
+        if isinstance(is_above, Tensor):
+            device = is_above.device
             before = self._in_a_row if isinstance(self._in_a_row, Tensor) else constant(self._in_a_row, device)
-            self._in_a_row = torch.where(above, before + 1, constant(0.0, device))
-            return above & (self._in_a_row <= MOST_IN_A_ROW)
-        is_above = bool(is_finite) and statistic > self.times * float(typical)
+            self._in_a_row = torch.where(is_above, before + 1, constant(0.0, device))
+            return is_above & (self._in_a_row <= MOST_IN_A_ROW)
         self._in_a_row = float(self._in_a_row) + 1 if is_above else 0.0
         return is_above and self._in_a_row <= MOST_IN_A_ROW
 

@@ -38,10 +38,10 @@ class Part:
         is_by_norm = threshold.gradient_clip_algorithm == "norm"
         self.statistic = self.norm if is_by_norm else _root_mean_square(self.norm, at(measured.numels, positions))
 
-    def is_outlier(self, is_finite: bool | Tensor) -> bool | Tensor:
-        """Whether the step is to be left out for the size of this part."""
+    def is_above(self, is_finite: bool | Tensor) -> bool | Tensor:
+        """Whether this part is far too large."""
         own = self._threshold
-        return own.outliers.judge(self.statistic, is_finite, own.history, own.steps, own.warmup_steps)
+        return own.outliers.is_above(self.statistic, is_finite, own.history, own.steps, own.warmup_steps)
 
     def clip_(
         self,
@@ -70,6 +70,10 @@ class Part:
         if is_by_norm:
             clip_norm_(tensors, norm, threshold, clips)
             clipped_norm = minimum(norm, threshold)
+            if isinstance(is_outlier, Tensor):  # the gradient stays as it is
+                clipped_norm = torch.where(is_outlier, torch.as_tensor(norm), torch.as_tensor(clipped_norm))
+            elif is_outlier:
+                clipped_norm = norm
         else:
             clip_value_(tensors, threshold, clips)
             if rates is not None:
@@ -90,13 +94,14 @@ def parts_of(
     ]
 
 
-def any_outlier(parts: Sequence[Part | None], is_finite: bool | Tensor) -> bool | Tensor:
-    """Whether the step is to be left out for the size of one part or more."""
+def any_outlier(owners: Owners, parts: Sequence[Part | None], is_finite: bool | Tensor) -> bool | Tensor:
+    """Whether the step is to be left out for the size of one part or more: steps in a row are counted for all alike."""
     found: bool | Tensor = False
     for part in parts:
-        if part is not None and (judged := part.is_outlier(is_finite)) is not False:
+        if part is not None and (judged := part.is_above(is_finite)) is not False:
             found = judged | found
-    return found
+    first, *_ = [threshold.outliers.count(found) for threshold, _ in owners]
+    return first
 
 
 def have_gradients(

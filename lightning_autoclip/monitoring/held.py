@@ -49,7 +49,7 @@ class Held:
             self.latest = point
         if point.finite and not point.norm <= self.largest.norm:  # which is NaN at first
             self.largest = point
-        if point.finite and not math.isnan(point.clipped_norm):
+        if point.finite and not point.left_out and not math.isnan(point.clipped_norm):
             self.clipped_total += min(point.clipped_norm, point.norm)
             self.clipped_steps += 1
 

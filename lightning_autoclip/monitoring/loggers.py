@@ -161,8 +161,8 @@ def illustrate(
         if histogram:
             wandb.log_histogram(logger, f"{prefix}grad_norm_histogram", points)
         if alert_above is not None:
-            held, large = set(points), late_spikes(trace, alert_above)
-            spikes = sorted((each for each in large if each.point in held), key=lambda spike: spike.point.step)
+            held, large = {point.step for point in points}, late_spikes(trace, alert_above)
+            spikes = sorted((each for each in large if each.point.step in held), key=lambda spike: spike.point.step)
             wandb.alert_spike(logger, prefix, spikes)
         if alert_above is not None and alert_nonfinite:
             wandb.alert_nonfinite(logger, prefix, [point for point in points if not point.finite])

@@ -131,8 +131,10 @@ def _of_log(log: Log) -> RecordedRun:
         traces[prefix] = trace = Trace()
         steps = [row["step"] for row in found]
         longest = max((later - earlier for earlier, later in pairwise(steps)), default=steps[0] + 1)
-        last = max(-1.0, steps[0] - longest) if steps[0] + 1 > 2 * longest else -1.0
-        nonfinite = skipped = 0.0
+        last, nonfinite, skipped = -1.0, 0.0, 0.0
+        if steps[0] + 1 > 2 * longest:  # a run that was resumed elsewhere: the counts go on from what is not here
+            last = max(-1.0, steps[0] - longest)
+            nonfinite, skipped = (found[0].get(prefix + key, 0.0) for key in (_COUNT, "skipped_total"))
         if any(f"{prefix}grad_rms" in row for row in found):
             settings["gradient_clip_algorithm"] = "value"
         for row in found:
@@ -141,7 +143,7 @@ def _of_log(log: Log) -> RecordedRun:
             if math.isfinite(row[prefix + "grad_norm_max_step"]) and row[prefix + "grad_norm_max"] > 0:
                 trace.largest.append(_largest(row, prefix, trace.bins))
             last, nonfinite = row["step"], row[prefix + "nonfinite_total"]
-            skipped = row.get(f"{prefix}skipped_total", 0.0)
+            skipped = row.get(f"{prefix}skipped_total", skipped)
         trace.largest = sorted(trace.largest, key=lambda spike: -spike.point.norm)[:MOST_SPIKES]
         exact = [row[f"{prefix}step/grad_norm"] for row in rows if f"{prefix}step/grad_norm" in row]
         exact = [norm for norm in exact if 0 < norm < math.inf]

@@ -248,6 +248,7 @@ def _of_spikes(trace: Trace) -> Iterator[Verdict]:
             "spikes",
             f"{len(late)} of the {len(trace.largest)} largest norms exceeded {SPIKE:.0f} times the typical one of their"
             f" time, the worst {worst.times:.0f} times at {_where(worst.point)}"
+            + (", which was left out" if worst.point.left_out else "")
             + (f", mostly in {names}." if names else "."),
             "Look at these batches: `spikes()` lists them. Bad data, a rare input or a learning rate that is too high"
             " may be behind them.",
