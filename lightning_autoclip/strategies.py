@@ -293,11 +293,7 @@ _SCALES = {
 
 
 def check_precision(plugin: Precision) -> None:
-    """Warn of a precision plugin of which nobody knows by what it multiplies the loss.
-
-    Raises:
-        MisconfigurationException: It scales the loss on XLA.
-    """
+    """Warn of a precision plugin of which nobody knows by what it multiplies the loss; refuse one that does on XLA."""
     names = [base.__name__ for base in type(plugin).__mro__]
     if "XLAPrecision" in names and getattr(plugin, "scaler", None) is not None:
         raise MisconfigurationException(

@@ -14,8 +14,9 @@ from lightning_autoclip.monitoring.verdicts import LEAST_STEPS, Figures, Verdict
 _TOO_FEW = "too few steps to tell"
 _WIDTH = 100  # of a printed line
 _NO_STEP = (
-    "No step was seen in this process: `fit` has not run yet, or in others. Strategies that start processes (ddp_spawn, ddp_fork, ddp_notebook) train in"
-    " those: their report is printed there, and their record is in the checkpoints that they write."
+    "No step was seen in this process. Either `fit` has not run yet, or it ran in others: strategies that start processes"
+    " (ddp_spawn, ddp_fork, ddp_notebook) print their report there, and their record is in the checkpoints that they"
+    " write."
 )
 
 
