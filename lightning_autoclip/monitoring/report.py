@@ -14,7 +14,7 @@ from lightning_autoclip.monitoring.verdicts import LEAST_STEPS, Figures, Verdict
 _TOO_FEW = "too few steps to tell"
 _WIDTH = 100  # of a printed line
 _NO_STEP = (
-    "No step was seen in this process. Either `fit` has not run yet, or it ran in others: strategies that start processes"
+    "No step was seen in this process. Either `fit` has not run yet, or it ran in others: strategies that start some"
     " (ddp_spawn, ddp_fork, ddp_notebook) print their report there, and their record is in the checkpoints that they"
     " write."
 )
