@@ -13,6 +13,7 @@ from lightning_autoclip._checks import check_bool, check_number
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.monitoring import live, loggers
 from lightning_autoclip.monitoring.report import Report
+from lightning_autoclip.monitoring.verdicts import where
 from lightning_autoclip.scopes import Scopes
 from lightning_autoclip.settings import Settings
 from lightning_autoclip.strategies import parameter_names, trains_in_others
@@ -166,10 +167,12 @@ class Telling:
         if total <= self._told:
             return
         self._told, self._has_told = total, True
+        firsts = [scope.trace.nonfinite[0].point for scope in self._scopes if scope.trace.nonfinite]
+        first = where(min(firsts, key=lambda point: point.step))
         done = "applied as they were" if reaction == "ignore" and not self._settings.has_engine else "left out"
         rank_zero_warn(
-            f"{total} of {self._scopes.total('steps')} optimizer steps so far had a NaN or an"
-            f" infinity in their gradient and were {done}. `spikes()` of the callback names batches and parameters;"
+            f"{total} of {self._scopes.total('steps')} optimizer steps so far had a NaN or an infinity in their"
+            f" gradient and were {done}, the first at {first}. `spikes()` of the callback names batches and parameters;"
             ' `nonfinite="raise"` stops at such a step.'
         )
 

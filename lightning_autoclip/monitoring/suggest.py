@@ -109,11 +109,14 @@ def recommended(found: Mapping[tuple[float, int | None], Summary]) -> tuple[floa
 def table(norms: Sequence[float]) -> str:
     """What several settings would have done by norm, as a table for the terminal, with a recommendation."""
     finite, windows = _finite(norms), _distinct(norms)
-    found, lines = candidates(finite, windows=windows), ["percentile  window  steps clipped  mean factor  smallest"]
+    found, lines = (
+        candidates(finite, windows=windows),
+        ["percentile  window  steps clipped  mean factor  smallest factor"],
+    )
     for (percentile, window), steps in found.items():
         lines.append(
             f"{percentile:10g}  {_named(window):>6}  {steps.clipped_fraction:13.1%}"
-            f"  {steps.clip_coef_mean:11.2f}  {steps.clip_coef_min:8.2g}"
+            f"  {steps.clip_coef_mean:11.2f}  {steps.clip_coef_min:15.2g}"
         )
     percentile, window = recommended(found)
     fixed = nearest_fixed(finite, thresholds_of(finite, [percentile], window)[percentile])
@@ -122,7 +125,7 @@ def table(norms: Sequence[float]) -> str:
         *_of_same_windows(len(finite), windows),
         "",
         f"Start with AutoClip(percentile={percentile:g}, window={window}): its mean factor on the step is"
-        f" {found[percentile, window].clip_coef_mean:.2f}.",
+        f" {found[percentile, window].clip_coef_mean:.2f} (of 50 and more the first with {LEAST_FACTOR:g} or more).",
         "By that factor it lowers the learning rate of SGD; Adam hardly minds. A lower percentile guards more.",
         "How far the weights bound the steps of SGD (`max_update_ratio`) this table does not tell.",
         f"If it must be a fixed threshold, gradient_clip_val={fixed:.3g} would have done most nearly the same here:"

@@ -155,14 +155,14 @@ def verdicts_of(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Ve
 
 def _of_nonfinite(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
     if figures.nonfinite > (max(20, OVERFLOWS * figures.steps) if has_scaler else 0):
-        first, where = "", ""
+        first, named = "", ""
         if trace.nonfinite:  # logged rows only count them
-            where = ", ".join(name for name, _ in trace.nonfinite[0].parameters)
-            first = f", first at {_where(trace.nonfinite[0].point)}"
+            named = ", ".join(name for name, _ in trace.nonfinite[0].parameters)
+            first = f", first at {where(trace.nonfinite[0].point)}"
         yield Verdict(
             "non-finite gradients",
             f"{figures.nonfinite} of {figures.steps} steps had a NaN or an infinity in their gradient{first}"
-            + (f" in {where}." if where else "."),
+            + (f" in {named}." if named else "."),
             "Look at that batch, at what divides, takes a root or a logarithm there, and, if norms grew before it, at"
             " the learning rate.",
         )
@@ -171,7 +171,7 @@ def _of_nonfinite(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[
 def _of_left_out(trace: Trace, figures: Figures) -> Iterator[Verdict]:
     if figures.left_out > max(1, LEFT_OUT * figures.steps):
         those = [spike.point for spike in trace.largest if spike.point.left_out]
-        first = f", one of them at {_where(min(those))}" if those else ""
+        first = f", one of them at {where(min(those))}" if those else ""
         yield Verdict(
             "many steps left out",
             f"{figures.left_out} of {figures.steps} steps were left out for norms above `skip_above`{first}.",
@@ -247,11 +247,11 @@ def _of_spikes(trace: Trace) -> Iterator[Verdict]:
         yield Verdict(
             "spikes",
             f"{len(late)} of the {len(trace.largest)} largest norms exceeded {SPIKE:.0f} times the typical one of their"
-            f" time, the worst {worst.times:.0f} times at {_where(worst.point)}"
+            f" time, the worst {worst.times:.0f} times at {where(worst.point)}"
             + (", which was left out" if worst.point.left_out else "")
             + (f", mostly in {names}." if names else "."),
-            "Look at these batches: `spikes()` lists them. Bad data, a rare input or a learning rate that is too high"
-            " may be behind them.",
+            "Look at these batches: the spike table (`spikes()`, or `autoclip/spikes` of the logger) lists them. Bad"
+            " data, a rare input or a learning rate that is too high may be behind them.",
         )
 
 
@@ -306,7 +306,7 @@ def late_spikes(trace: Trace, above: float) -> list[Spike]:
     ]
 
 
-def _where(point: Point) -> str:
+def where(point: Point) -> str:
     """Step and batches; of logged rows only the step is known."""
     batches = f" (epoch {point.epoch}, batch {point.batches.replace('-', ' to ')})" if point.epoch >= 0 else ""
     return f"step {point.step}{batches}"
