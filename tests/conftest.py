@@ -15,7 +15,7 @@ import pytest
 collect_ignore = [] if find_spec("deepspeed") else ["test_deepspeed.py"]  # `make test-deepspeed` has it
 
 # The groups that take longest begin first, so that the workers end together.
-LONGEST = ["processes", "test_report", "test_wandb_online", "test_looking_back", "test_logs", "test_groups", "test_spikes"]
+LONGEST = ["processes", "test_report", "test_wandb_online", "test_looking_back", "test_logs", "test_groups"]
 
 
 @pytest.fixture(autouse=True)
