@@ -16,6 +16,7 @@ import pytest
 collect_ignore = [
     f"test_{name}.py" for name in ("deepspeed", "xla") if not find_spec({"xla": "torch_xla"}.get(name, name))
 ]
+collect_ignore += [] if find_spec("torch_xla") else ["xla_ranks.py"]
 
 # The groups that take longest begin first, so that the workers end together.
 LONGEST = [

@@ -166,7 +166,8 @@ def test_it_works_in_a_trainer_of_pytorch_lightning():
 def test_a_callback_shows_its_arguments():
     assert repr(AutoClip(90, window=None)) == (
         "AutoClip(Percentile(percentile=90.0, multiplier=1.0), gradient_clip_algorithm='norm', window=None,"
-        " warmup_steps=0, max_threshold=None, max_update_ratio=0.25, nonfinite='skip')"
+        " warmup_steps=0, max_threshold=None, max_update_ratio=0.25,"
+        " skip_above=None, nonfinite='skip')"
     )
 
 

@@ -50,6 +50,7 @@ SETTINGS = {
         "warmup_steps": 0,
         "max_threshold": None,
         "max_update_ratio": None,
+        "skip_above": None,
     },
     **{"nonfinite": "skip", "groups": None},
 }

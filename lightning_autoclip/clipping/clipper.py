@@ -19,8 +19,9 @@ from lightning_autoclip.clipping.gate import StepGate
 from lightning_autoclip.clipping.gradients import Gradients, norm_of
 from lightning_autoclip.clipping.optimizers import (
     NonFiniteGradientError,
-    leave_out,
+    leave_out_unless,
     must_be_read,
+    not_outlier,
     parameters_of,
     raise_if_nonfinite,
     refuse_capture,
@@ -204,7 +205,7 @@ def clip_together_(
     norm = norm_of(norms := measured.norms)
     is_finite = norm < math.inf
     parts = parts_of(clippers, parameters, measured, norm, gradients.shards is not None)
-    is_bad = is_outlier = any_outlier(clippers, parts, is_finite) if first.outliers.is_on else False
+    is_outlier = any_outlier(clippers, parts, is_finite) if first.outliers.is_on else False
     records = [
         None if part is None else part.clip_(gradients, measured, rates, is_finite, is_outlier) for part in parts
     ]
@@ -212,10 +213,11 @@ def clip_together_(
         records = with_clipped_norms(records, clippers, gradients, is_finite, read)
     if first.nonfinite == "raise":
         raise_if_nonfinite(float(norm), list(norms), parameters, scaler, records)
+    goes = not_outlier(is_outlier)
     if first.nonfinite != "ignore":
-        is_bad = skip_if_nonfinite(is_finite, optimizer, found_infs, is_outlier)
-    if is_bad is not False:
-        leave_out(is_bad, parameters, optimizer, gate)
+        goes = skip_if_nonfinite(is_finite, optimizer, found_infs, is_outlier)
+    if goes is not True:
+        leave_out_unless(goes, parameters, optimizer, gate)
     return records
 
 

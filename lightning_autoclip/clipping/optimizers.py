@@ -202,10 +202,10 @@ def skip_if_nonfinite(
         is_outlier: Whether the step is to be left out for its size, which is nothing that a scaler should know.
 
     Returns:
-        Whether somebody else must see to it that the step is left out.
+        Whether the step goes ahead as far as the scaler is concerned; if not, somebody else must leave it out.
     """
     if is_finite is True:
-        return is_outlier
+        return not_outlier(is_outlier)
     if found_infs:
         # Where it looks before the step. A norm beyond float32 is an infinity too, though no entry may be. The scaler
         # adds up what stands here, and fused kernels skip at exactly 1.
@@ -215,26 +215,34 @@ def skip_if_nonfinite(
         for other in others:
             other.zero_()
     if isinstance(is_finite, Tensor):
-        return is_outlier if found_infs is not None else is_finite.logical_not() | is_outlier
-    return found_infs is None or must_not_skip_itself(optimizer)
+        if is_outlier is False:
+            return is_finite if found_infs is None else True
+        small = not_outlier(is_outlier)
+        return is_finite & small if found_infs is None else small
+    return not (found_infs is None or must_not_skip_itself(optimizer))
 
 
-def leave_out(is_bad: bool | Tensor, parameters: Sequence[Tensor], optimizer: Any, gate: StepGate | None) -> None:
-    """See to it that the coming step moves no weight if it is bad: neither momentum nor weight decay.
+def not_outlier(is_outlier: bool | Tensor) -> bool | Tensor:
+    """The contrary."""
+    return is_outlier.logical_not() if isinstance(is_outlier, Tensor) else not is_outlier
+
+
+def leave_out_unless(goes: bool | Tensor, parameters: Sequence[Tensor], optimizer: Any, gate: StepGate | None) -> None:
+    """See to it that the coming step moves no weight unless it goes ahead: neither momentum nor weight decay.
 
     Args:
-        is_bad: Whether it is; a tensor where nobody may read it.
+        goes: Whether it does; a tensor where nobody may read it.
         parameters: Those that step.
         optimizer: Their optimizer; ``None`` if it is not known.
         gate: Of the optimizer; ``None`` if that is not known.
     """
-    if isinstance(is_bad, Tensor):
+    if isinstance(goes, Tensor):
         if gate is not None and gate.has_hooks and can_be_undone(optimizer):
-            gate.take_back_unless(is_bad.logical_not(), optimizer)
+            gate.take_back_unless(goes, optimizer)
         elif gate is not None and gate.has_hooks:
-            gate.leave_out_if(_flag_of(is_bad.logical_not()), optimizer)
-    elif is_bad and gate is not None:
+            gate.leave_out_if(_flag_of(goes), optimizer)
+    elif not goes and gate is not None:
         gate.leave_out(optimizer)
-    elif is_bad:
+    elif not goes:
         for parameter in parameters:
             parameter.grad = None
