@@ -189,11 +189,11 @@ class Scopes:
         return self._by_prefix[prefix]
 
     def _new(self, prefix: str) -> Scope:
-        clipper = self._settings.new_clipper()
-        clipper.clipped_norm_every = self._measure_every
         settings = self._settings
-        options = settings.by_value, self._every_step, self._layer_depth, Trace(), settings.skips_outliers
-        return Scope(clipper, Recorder(prefix, *options))
+        clipper = settings.new_clipper()
+        clipper.clipped_norm_every = self._measure_every
+        shown = settings.by_value, self._every_step, self._layer_depth
+        return Scope(clipper, Recorder(prefix, *shown, skips=settings.skips_outliers))
 
     def _positions(self, optimizer: Any, named: Named) -> Positions:
         """The parameters of an optimizer by group, whose names end in a slash; all under no name without groups."""

@@ -40,13 +40,11 @@ def smaller(first: Tensor, second: Tensor) -> Tensor:
 
 
 def on_host(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of equal shape that wait on an accelerator, stacked on the CPU.
+    """Rows of equal shape that wait on an accelerator that compiles graphs, stacked on the CPU.
 
-    One copy; where graphs are compiled, one for each power of two that their number is made of, so that few numbers of
-    rows are ever compiled, whatever number waits.
+    One copy for each power of two that their number is made of, so that few numbers of rows are ever compiled, whatever
+    number waits.
     """
-    if not compiles_graphs(rows[0].device):
-        return torch.stack(list(rows)).cpu()
     parts, first = [], 0
     while first < len(rows):
         length = 1 << ((len(rows) - first).bit_length() - 1)
@@ -66,9 +64,24 @@ def constant(number: float, device: torch.device, dtype: torch.dtype = torch.flo
     return torch.tensor(number, dtype=dtype, device=device)
 
 
+def as_there(number: float, like: Number) -> Number:
+    """A number in the form, and on the device, of another."""
+    return constant(number, like.device) if isinstance(like, Tensor) else number
+
+
 def unknown(like: Number) -> Number:
     """NaN, where the other number is."""
-    return constant(math.nan, like.device) if isinstance(like, Tensor) else math.nan
+    return as_there(math.nan, like)
+
+
+def flag(condition: Tensor, yes: float = 1.0, no: float = 0.0) -> Tensor:
+    """One of two numbers: shape ``()``, float32, on the condition's device."""
+    return torch.where(condition, constant(yes, condition.device), constant(no, condition.device))
+
+
+def negation(condition: bool | Tensor) -> bool | Tensor:
+    """The contrary, in the same form."""
+    return condition.logical_not() if isinstance(condition, Tensor) else not condition
 
 
 def minimum(number: Number, other: Number) -> Number:

@@ -13,7 +13,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
 from lightning_autoclip.clipping import _numbers
-from lightning_autoclip.clipping._numbers import Number, minimum, unknown
+from lightning_autoclip.clipping._numbers import Number, as_there, minimum, negation, unknown
 from lightning_autoclip.clipping.bound import Rates, is_proportional
 from lightning_autoclip.clipping.gate import StepGate
 from lightning_autoclip.clipping.gradients import Gradients, norm_of
@@ -21,7 +21,6 @@ from lightning_autoclip.clipping.optimizers import (
     NonFiniteGradientError,
     leave_out_unless,
     must_be_read,
-    not_outlier,
     parameters_of,
     raise_if_nonfinite,
     refuse_capture,
@@ -127,7 +126,7 @@ class GradientClipper(Threshold):
         number: Number = norm.item() if is_read else norm
         threshold = self.decide(number < math.inf, number)
         clipped, so_far = minimum(number, threshold), self.nonfinite_so_far
-        record = StepRecord(number, clipped, number, threshold, so_far, unknown(number))
+        record = StepRecord(number, clipped, number, threshold, so_far, unknown(number), as_there(0.0, number))
         if self.nonfinite == "raise" and loss_scale <= 1 and not math.isfinite(number):
             raise NonFiniteGradientError(f"The norm of the gradient is {float(number)}.", [], [record])
         return record
@@ -213,7 +212,7 @@ def clip_together_(
         records = with_clipped_norms(records, clippers, gradients, is_finite, read)
     if first.nonfinite == "raise":
         raise_if_nonfinite(float(norm), list(norms), parameters, scaler, records)
-    goes = not_outlier(is_outlier)
+    goes = negation(is_outlier)
     if first.nonfinite != "ignore":
         goes = skip_if_nonfinite(is_finite, optimizer, found_infs, is_outlier)
     if goes is not True:

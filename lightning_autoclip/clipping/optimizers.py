@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
-from lightning_autoclip.clipping._numbers import constant
+from lightning_autoclip.clipping._numbers import flag, negation
 from lightning_autoclip.clipping.gate import StepGate
 from lightning_autoclip.clipping.undo import can_be_undone
 
@@ -118,10 +118,9 @@ def steps_with_found_inf(optimizer: Any) -> bool:
     """Whether the optimizer's step reads ``found_inf``: all of its groups are fused."""
     name = "_step_supports_amp_scaling"
     # Its own: a wrapper that passes on what it is asked for would be told, and the step that it calls would not.
-    own = getattr(optimizer, "__dict__", {}).get(name) or getattr(type(optimizer), name, False)
-    return (
-        bool(own) and StepGate.of(optimizer).has_hooks and all(group.get("fused") for group in optimizer.param_groups)
-    )
+    if not (getattr(optimizer, "__dict__", {}).get(name) or getattr(type(optimizer), name, False)):
+        return False
+    return StepGate.of(optimizer).has_hooks and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def must_not_skip_itself(optimizer: Any, is_sharded: bool = False) -> bool:
@@ -185,11 +184,6 @@ def raise_if_nonfinite(
     raise NonFiniteGradientError(f"The norm of the gradient is {norm}: {where}.", bad, records)
 
 
-def _flag_of(is_finite: Tensor) -> Tensor:
-    """1 where it is not, else 0: shape ``()``, float32."""
-    return torch.where(is_finite, constant(0.0, is_finite.device), constant(1.0, is_finite.device))
-
-
 def skip_if_nonfinite(
     is_finite: bool | Tensor, optimizer: Any, found_infs: list[Tensor] | None, is_outlier: bool | Tensor
 ) -> bool | Tensor:
@@ -205,26 +199,21 @@ def skip_if_nonfinite(
         Whether the step goes ahead as far as the scaler is concerned; if not, somebody else must leave it out.
     """
     if is_finite is True:
-        return not_outlier(is_outlier)
+        return negation(is_outlier)
     if found_infs:
         # Where it looks before the step. A norm beyond float32 is an infinity too, though no entry may be. The scaler
         # adds up what stands here, and fused kernels skip at exactly 1.
         first, *others = found_infs
-        bad = _flag_of(is_finite).to(first) if isinstance(is_finite, Tensor) else torch.ones_like(first)
+        bad = flag(is_finite, 0.0, 1.0).to(first) if isinstance(is_finite, Tensor) else torch.ones_like(first)
         torch.maximum(first, bad, out=first)
         for other in others:
             other.zero_()
     if isinstance(is_finite, Tensor):
-        if is_outlier is False:
-            return is_finite if found_infs is None else True
-        small = not_outlier(is_outlier)
-        return is_finite & small if found_infs is None else small
+        small = negation(is_outlier)
+        if found_infs is not None:
+            return small
+        return is_finite if small is True else is_finite & small
     return not (found_infs is None or must_not_skip_itself(optimizer))
-
-
-def not_outlier(is_outlier: bool | Tensor) -> bool | Tensor:
-    """The contrary."""
-    return is_outlier.logical_not() if isinstance(is_outlier, Tensor) else not is_outlier
 
 
 def leave_out_unless(goes: bool | Tensor, parameters: Sequence[Tensor], optimizer: Any, gate: StepGate | None) -> None:
@@ -240,7 +229,7 @@ def leave_out_unless(goes: bool | Tensor, parameters: Sequence[Tensor], optimize
         if gate is not None and gate.has_hooks and can_be_undone(optimizer):
             gate.take_back_unless(goes, optimizer)
         elif gate is not None and gate.has_hooks:
-            gate.leave_out_if(_flag_of(goes), optimizer)
+            gate.leave_out_if(flag(goes, 0.0, 1.0), optimizer)
     elif not goes and gate is not None:
         gate.leave_out(optimizer)
     elif not goes:

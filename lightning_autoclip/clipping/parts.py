@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_autoclip.clipping._numbers import Number, constant, minimum, single, unknown
+from lightning_autoclip.clipping._numbers import Number, as_there, flag, minimum, single, unknown
 from lightning_autoclip.clipping.bound import Rates
 from lightning_autoclip.clipping.gradients import Gradients, Measured, Numbers, at, clip_norm_, clip_value_, norm_of
 from lightning_autoclip.clipping.step import StepRecord
@@ -78,7 +78,7 @@ class Part:
             clip_value_(tensors, threshold, clips)
             if rates is not None:
                 clip_norm_(tensors, norm, max_norm, clips)  # what is left is no longer, and is shortened as much
-        left_out = _flag(is_outlier, norm)
+        left_out = flag(is_outlier) if isinstance(is_outlier, Tensor) else as_there(float(is_outlier), norm)
         return StepRecord(
             norm, clipped_norm, self.statistic, threshold, own.nonfinite_so_far, max_norm, left_out, self.norms
         )
@@ -144,10 +144,3 @@ def _root_mean_square(norm: Number, numels: Numbers) -> Number:
         numel = numels.sum() if isinstance(numels, Tensor) else float(sum(numels))
         return norm / (numel**0.5 if isinstance(numel, Tensor) or numel else math.nan)
     return single(norm / math.sqrt(math.fsum(numels) or math.nan))
-
-
-def _flag(is_outlier: bool | Tensor, like: Number) -> Number:
-    """1 for a step that is left out, else 0, where the other number is."""
-    if isinstance(is_outlier, Tensor):
-        return torch.where(is_outlier, constant(1.0, is_outlier.device), constant(0.0, is_outlier.device))
-    return constant(float(is_outlier), like.device) if isinstance(like, Tensor) else float(is_outlier)

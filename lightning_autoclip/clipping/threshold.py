@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_autoclip._checks import check_choice, check_integer, check_positive
-from lightning_autoclip.clipping._numbers import Number, compiles_graphs, constant, single, smaller
+from lightning_autoclip.clipping._numbers import Number, compiles_graphs, constant, flag, single, smaller
 from lightning_autoclip.clipping.bound import StepBound
 from lightning_autoclip.clipping.outliers import Outliers
 from lightning_autoclip.clipping.policies import Policy, threshold_of, threshold_on_device
@@ -76,8 +76,7 @@ class Threshold:
         # would pull a percentile to zero and stop the training for good.
         if isinstance(is_finite, Tensor) and isinstance(statistic, Tensor):
             device = statistic.device
-            bad = torch.where(is_finite, constant(0.0, device), constant(1.0, device))
-            self._nonfinite = bad + self._nonfinite
+            self._nonfinite = flag(is_finite, 0.0, 1.0) + self._nonfinite
             self.history.record(statistic, torch.logical_and(is_finite, statistic))
             limit_there = constant(self.max_threshold, device)
             limit_there = smaller(limit_there, most) if isinstance(most, Tensor) else limit_there
@@ -146,11 +145,8 @@ class Threshold:
             ValueError: An entry is missing, damaged, or not one of this class, or the record is one of the other
                 ``gradient_clip_algorithm``, which has another unit.
         """
-        history, bound, outliers = (
-            History(self.history.window),
-            StepBound(self.bound.ratio),
-            Outliers(self.outliers.times),
-        )
+        history, bound = History(self.history.window), StepBound(self.bound.ratio)
+        outliers = Outliers(self.outliers.times)
         try:
             algorithm = check_choice(
                 "gradient_clip_algorithm", state_dict["gradient_clip_algorithm"], get_args(Algorithm)

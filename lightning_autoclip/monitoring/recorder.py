@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_autoclip.clipping._numbers import compiles_graphs, constant, on_host
+from lightning_autoclip.clipping._numbers import compiles_graphs, on_host
 from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.monitoring.held import NOTHING, Held
 from lightning_autoclip.monitoring.summary import Point
@@ -65,8 +65,6 @@ class Recorder:
 
     def add(self, record: StepRecord, *, step: int, epoch: int, first_batch: int, last_batch: int) -> None:
         """Hold a record until the next row: with what the clipper does not know of it, as `Point` says."""
-        if isinstance(record.norm, Tensor) and not isinstance(record.left_out, Tensor):  # of an engine's step
-            record = record._replace(left_out=constant(record.left_out, record.norm.device))
         numbers: Any = record[:_NUMBERS]
         if isinstance(record.norm, Tensor) and compiles_graphs(record.norm.device):
             numbers = torch.stack(numbers)  # now, as a part of the step

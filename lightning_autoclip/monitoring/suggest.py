@@ -109,10 +109,8 @@ def recommended(found: Mapping[tuple[float, int | None], Summary]) -> tuple[floa
 def table(norms: Sequence[float]) -> str:
     """What several settings would have done by norm, as a table for the terminal, with a recommendation."""
     finite, windows = _finite(norms), _distinct(norms)
-    found, lines = (
-        candidates(finite, windows=windows),
-        ["percentile  window  steps clipped  mean factor  smallest factor"],
-    )
+    found = candidates(finite, windows=windows)
+    lines = ["percentile  window  steps clipped  mean factor  smallest factor"]
     for (percentile, window), steps in found.items():
         lines.append(
             f"{percentile:10g}  {_named(window):>6}  {steps.clipped_fraction:13.1%}"
