@@ -396,7 +396,7 @@ def test_rows_and_report_say_how_much_of_the_run_leans_on_the_bound(form, tmp_pa
     assert figures.bounded_fraction > 0.9
     (verdict,) = [each for each in autoclip.report().verdicts if each.name == "learning rate too high"]
     assert f"by {figures.bound_excess:.1f} or more" in verdict.advice
-    assert figures.bound_excess >= figures.update_ratio / RATIO > 10
+    assert figures.bound_excess >= 0.999 * figures.update_ratio / RATIO > 10
     assert f"{figures.bound_excess:.1f} times as much" in verdict.evidence
     rows = logger.experiment.metrics
     assert {row["autoclip/bounded_fraction"] for row in rows if "autoclip/bounded_fraction" in row} <= {

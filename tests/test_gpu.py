@@ -16,11 +16,12 @@ from helpers import Net, loader, trainer, weights
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import SGD, AdamW
 from torch.profiler import ProfilerActivity, profile
 
@@ -32,6 +33,9 @@ FUSED = pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"
 ALGORITHMS = pytest.mark.parametrize("algorithm", ["norm", "value"])
 
 
+ONE_FAR_TOO_LARGE = [1.0] * 100 + [300.0] * 4 + [1.0] * 24  # step 25 of batches of four
+
+
 class Waits(Callback):
     """What the host's waits for the GPU are from here on, in the hooks of a step; two of it go around the clipping."""
 
@@ -40,7 +44,9 @@ class Waits(Callback):
         setattr(self, hook, self.enter)
 
     def enter(self, trainer: Any, *others: Any) -> None:
-        if trainer.global_step > 1:  # constants are copied there at the first, or after a first that had to be read
+        # Constants are copied there at the first step that is made, or after it if it had to be read; a scaler leaves
+        # out some before it.
+        if trainer.global_step > 5:
             torch.cuda.set_sync_debug_mode(self.mode)
 
 
@@ -54,6 +60,15 @@ def factory(name: str, fused: bool) -> Any:
     if name == "sgd":
         return lambda parameters: SGD(parameters, lr=0.02, momentum=0.9, fused=fused)
     return lambda parameters: AdamW(parameters, lr=0.01, fused=fused)
+
+
+def in_precision(precision: str, strategy: str = "auto") -> dict[str, Any]:
+    """The Trainer's argument; a scaler begins so low that nothing overflows."""
+    if precision != "16-mixed":
+        return {"precision": precision}
+    if strategy == "fsdp":
+        return {"plugins": FSDPPrecision(precision, ShardedGradScaler(init_scale=8.0))}
+    return {"plugins": MixedPrecision(precision, "cuda", torch.amp.GradScaler("cuda", init_scale=8.0))}
 
 
 def gradients_of(optimizer: Any, factor: float) -> None:
@@ -102,6 +117,18 @@ def test_a_step_does_not_wait_for_the_gpu(precision, fused, optimizer, algorithm
     trainer(*around, accelerator="gpu", precision=precision).fit(model, loader(n=96, scales=[1.0, 3.0, 0.5, 8.0]))
     assert autoclip.clippers[0].history.percentile(40).is_cuda
     assert autoclip.clippers[0].steps == 24
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("16-mixed", False), ("16-mixed", True)])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@ALGORITHMS
+def test_a_step_that_is_left_out_for_its_size_does_not_wait_either(precision, fused, optimizer, algorithm):
+    autoclip = AutoClip(50, gradient_clip_algorithm=algorithm, skip_above=20.0, verbose=False)
+    around = Waits("error"), autoclip, Waits("default")
+    fitted = trainer(*around, accelerator="gpu", **in_precision(precision))
+    fitted.fit(Net(factory(optimizer, fused)), loader(n=128, scales=ONE_FAR_TOO_LARGE))
+    assert autoclip.clippers[0].steps == 32
+    assert autoclip.report().sections[0].figures.left_out == 1
 
 
 @ALGORITHMS
@@ -208,6 +235,31 @@ def test_the_gpu_takes_the_steps_of_the_cpu(fused, algorithm, strategy):
     assert gpu.clippers[0].nonfinite_total == cpu.clippers[0].nonfinite_total == 4
     if gpu.weights is not None:
         torch.testing.assert_close(gpu.weights, cpu.weights, rtol=1e-4, atol=1e-6)
+
+
+@FUSED
+@ALGORITHMS
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "fsdp"])
+def test_the_gpu_leaves_out_the_step_that_the_cpu_does(fused, algorithm, precision, strategy):
+    def train(**kwargs: Any) -> tuple[AutoClip, Tensor]:
+        autoclip = AutoClip(50, gradient_clip_algorithm=algorithm, skip_above=20.0, verbose=False)
+        model = Net(factory("sgd", fused))
+        fitted = trainer(autoclip, use_distributed_sampler=False, **kwargs)
+        fitted.fit(model, loader(n=128, scales=ONE_FAR_TOO_LARGE))
+        return autoclip, weights(model).cpu() if strategy != "fsdp" else None
+
+    (cpu, expected), (gpu, found) = (
+        train(),
+        train(accelerator="gpu", strategy=strategy, **in_precision(precision, strategy)),
+    )
+    coarse = {"rtol": 1e-4, "atol": 1e-6} if precision == "32-true" else {"rtol": 0.05, "atol": 0.01}
+    torch.testing.assert_close(gpu.clippers[0].history.recorded.cpu(), cpu.clippers[0].history.recorded, **coarse)
+    for each in (gpu, cpu):
+        figures = each.report().sections[0].figures
+        assert (figures.left_out, figures.nonfinite) == (1, 0)
+    if found is not None:
+        torch.testing.assert_close(found, expected, **coarse)
 
 
 @pytest.mark.parametrize("percentile", [0, 10, 50, 90, 100])
