@@ -7,6 +7,17 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
+_MOST_SHOWN = 120  # characters of what came
+
+
+def shown(value: Any) -> str:
+    """What came, for a message: short, whatever its ``repr`` does."""
+    try:
+        text = repr(value)
+    except Exception:  # Python refuses to write an integer of more than 4,300 digits, for one
+        return "what cannot be shown"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
+
 
 def check_number(name: str, value: Any, rule: str, low: float, high: float = math.inf, open_low: bool = False) -> float:
     """Return ``value`` as a float, or raise if it is not a real number in the range.
@@ -24,10 +35,13 @@ def check_number(name: str, value: Any, rule: str, low: float, high: float = mat
         ValueError: ``value`` is NaN or outside the range.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"Expected `{name}` to be {rule}, but got {value!r} of type `{type(value).__name__}`.")
-    number = float(value)
+        raise TypeError(f"Expected `{name}` to be {rule}, but got {shown(value)} of type `{type(value).__name__}`.")
+    try:
+        number = float(value)
+    except OverflowError as error:  # an integer or a fraction may be larger
+        raise ValueError(f"Expected `{name}` to be {rule}, in the range of a float, but got {shown(value)}.") from error
     if not (low < number if open_low else low <= number) or number > high:
-        raise ValueError(f"Expected `{name}` to be {rule}, but got {value!r}.")
+        raise ValueError(f"Expected `{name}` to be {rule}, but got {shown(value)}.")
     return number
 
 
@@ -35,7 +49,7 @@ def check_positive(name: str, value: Any) -> float:
     """Return ``value`` as a float, or raise if it is not a number above 0 that float32 can hold."""
     number = check_number(name, value, "a number above 0", 0, open_low=True)
     if not 1e-37 < number < 3e38:
-        raise ValueError(f"Expected `{name}` to lie in the range of float32, but got {value!r}.")
+        raise ValueError(f"Expected `{name}` to lie in the range of float32, but got {shown(value)}.")
     return number
 
 
@@ -47,9 +61,9 @@ def check_integer(name: str, value: Any, rule: str, low: int) -> int:
         ValueError: ``value`` is below ``low``, or no int64.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"Expected `{name}` to be {rule}, but got {value!r} of type `{type(value).__name__}`.")
+        raise TypeError(f"Expected `{name}` to be {rule}, but got {shown(value)} of type `{type(value).__name__}`.")
     if not low <= int(value) < 2**63:
-        raise ValueError(f"Expected `{name}` to be {rule}, but got {value!r}.")
+        raise ValueError(f"Expected `{name}` to be {rule}, but got {shown(value)}.")
     return int(value)
 
 
@@ -58,11 +72,11 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> str:
     for choice in choices:
         if isinstance(value, str) and value == choice:
             return choice
-    raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+    raise ValueError(f"Expected `{name}` to be one of {', '.join(map(repr, choices))}, but got {shown(value)}.")
 
 
 def check_bool(name: str, value: Any) -> bool:
     """Return ``value`` if it is a bool."""
     if not isinstance(value, bool):
-        raise TypeError(f"Expected `{name}` to be a bool, but got {value!r}.")
+        raise TypeError(f"Expected `{name}` to be a bool, but got {shown(value)}.")
     return value

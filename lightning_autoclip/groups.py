@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from lightning_autoclip._checks import shown
+
 PARAM_GROUPS = "param_groups"
 REST = "rest"
 Groups = Literal["param_groups"] | Mapping[str, str | Sequence[str]]
@@ -26,16 +28,20 @@ def check_groups(groups: Any) -> str | dict[str, list[str]] | None:
     if not isinstance(groups, Mapping):
         raise TypeError(
             "Expected `groups` to be 'param_groups', or a mapping of names to patterns of parameter names such as"
-            f" {{'encoder': 'encoder.*'}}, but got {groups!r}."
+            f" {{'encoder': 'encoder.*'}}, but got {shown(groups)}."
         )
     checked = {}
     for name, patterns in groups.items():
         if not isinstance(name, str) or name in _RESERVED or not _fits_a_key(name):
-            why = f"{name!r} {_RESERVED.get(name, 'is none')}" if isinstance(name, str) else f"got {name!r}"
-            raise ValueError(f"Expected the names in `groups` to be words without a slash or a star, but {why}.")
+            why = f"{shown(name)} {_RESERVED.get(name, 'is none')}" if isinstance(name, str) else f"got {shown(name)}"
+            raise ValueError(
+                f"Expected the names in `groups` to be words without a slash, a star or a control character, but {why}."
+            )
         several = [patterns] if isinstance(patterns, str) else patterns
         if not isinstance(several, Sequence) or not several or not all(isinstance(pattern, str) for pattern in several):
-            raise TypeError(f"Expected `groups[{name!r}]` to be a pattern or a list of them, but got {patterns!r}.")
+            raise TypeError(
+                f"Expected `groups[{shown(name)}]` to be a pattern or a list of them, but got {shown(patterns)}."
+            )
         checked[str.__str__(name)] = [
             str.__str__(pattern) for pattern in several
         ]  # numpy's would not load from a checkpoint
@@ -46,7 +52,7 @@ def check_groups(groups: Any) -> str | dict[str, list[str]] | None:
 
 def _fits_a_key(name: str) -> bool:
     """Whether every logger takes the name as a part of a key."""
-    return bool(name.strip(". ")) and not set(name) & set('/*"\\')
+    return bool(name.strip(". ")) and name.isprintable() and not set(name) & set('/*"\\')
 
 
 def group_by_id(groups: Mapping[str, Sequence[str]], named: Sequence[tuple[int, str]]) -> dict[int, str]:
@@ -90,10 +96,12 @@ def positions_by_group(optimizer: Any, group_of: Mapping[int, str] | None) -> di
         name = str(param_group.get("name") or f"pg{number}")
         if group_of is None and (name == "step" or not _fits_a_key(name)):
             raise ValueError(
-                f"Expected the optimizer's groups to be called by words without a slash, but got {name!r}."
+                f"Expected the optimizer's groups to be called by words without a slash, but got {shown(name)}."
             )
         if group_of is None and name in found:
-            raise ValueError(f"Expected the optimizer's groups to have different names, but two are called {name!r}.")
+            raise ValueError(
+                f"Expected the optimizer's groups to have different names, but two are called {shown(name)}."
+            )
         for key in map(id, param_group["params"]):
             if key not in seen:
                 found.setdefault(name if group_of is None else group_of.get(key, REST), []).append(len(seen))

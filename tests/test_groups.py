@@ -12,7 +12,7 @@ import torch
 from helpers import Net, by_percentile, in_form, loader, read_csv, trainer, weights, with_gradient
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from models import NaNInLastBias
 from test_clipper import NoHostReads
@@ -267,6 +267,38 @@ def test_a_nan_in_one_layer_is_told_of_by_every_group_and_raise_names_the_parame
         fit(NaNInLastBias(0, 3), autoclip(nonfinite="raise"))
 
 
+@ALGORITHMS
+@pytest.mark.parametrize("nonfinite", ["skip", "ignore"])
+@pytest.mark.parametrize("every", [1, 50])
+def test_a_step_that_one_group_spoils_is_reported_by_all_of_them_alike(form, tmp_path, algorithm, nonfinite, every):
+    class Spoiled(Net):
+        def on_after_backward(self):
+            if self.trainer.global_step in (3, 4, 8):
+                self.net[2].bias.grad.fill_(math.inf)
+
+        def on_train_batch_end(self, *args):
+            self.net[2].bias.data.nan_to_num_()  # of an infinity that is applied
+
+    def fit_epochs(callback, until, *others, **kwargs):
+        model = Spoiled(lambda parameters: SGD(parameters, lr=0.0))
+        run = trainer(callback, *others, max_epochs=until, log_every_n_steps=every, enable_checkpointing=bool(others))
+        run.fit(model, loader(n=40), **kwargs)
+
+    settings = {"gradient_clip_algorithm": algorithm, "nonfinite": nonfinite, "verbose": False}
+    whole, resumed = autoclip(**settings), autoclip(**settings)
+    fit_epochs(autoclip(**settings), 1, ModelCheckpoint(tmp_path, filename="end"))
+    fit_epochs(resumed, 2, ckpt_path=tmp_path / "end.ckpt")
+    fit_epochs(whole, 2)
+    assert repr(resumed.report()) == repr(whole.report())
+    for section in whole.report().sections:
+        assert (section.figures.steps, section.figures.nonfinite) == (20, 3)
+        evidence = next(each.evidence for each in section.verdicts if each.name == "non-finite gradients")
+        where = "other groups" if section.name == "autoclip/first" else "net.2.bias"
+        assert re.search(rf"^3 of 20 steps had .* first at step 3 \(epoch 0, batch 3\) in {where}\.$", evidence)
+    for trace in whole.traces.values():
+        assert [spike.point.step for spike in trace.nonfinite] == [3, 4, 8]
+
+
 @pytest.mark.parametrize(
     ("groups", "members"),
     [
@@ -290,7 +322,10 @@ def test_each_parameter_is_in_the_group_that_is_asked_for(groups, members, tmp_p
     [
         *((bad, TypeError, "to be 'param_groups', or a mapping") for bad in ("x", 5, ["net.*"], True)),
         *(({"a": bad}, TypeError, "to be a pattern or a list of them") for bad in (5, None, [], [1], {"x"}, b"x")),
-        *(({bad: "*"}, ValueError, "words without a slash or a star, but") for bad in ("", "a/b", "rest", "step", 1)),
+        *(
+            ({bad: "*"}, ValueError, "words without a slash, a star or a control character, but")
+            for bad in ("", "a/b", "a\nb", "\x1b[31m", "rest", "step", 1)
+        ),
         ({}, ValueError, "at least one group"),
     ],
     ids=repr,

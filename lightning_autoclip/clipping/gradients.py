@@ -33,6 +33,9 @@ starts at zero could never move otherwise, were no step to be larger than a part
 
 _UNSCALE_FLOAT16 = ("cpu", "cuda", "xpu")  # kinds of device
 
+LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
+"""Its square is float32's largest number: what is above, 1.8e19, counts as infinite wherever it is measured."""
+
 _LONGEST_SUM = 2**19  # entries; torch adds squares on the CPU one by one, and loses 1e-5 at twice as many
 
 
@@ -240,8 +243,12 @@ def clip_value_(tensors: list[Tensor], threshold: Number, is_finite: bool | Tens
 def norm_of(norms: Numbers) -> Number:
     """L2 norm of some norms, float32: a float of floats, a tensor of shape ``()`` of a tensor."""
     if isinstance(norms, Tensor):
-        return torch.linalg.vector_norm(norms).to(torch.float32)  # type: ignore[no-any-return]
-    return single(math.hypot(*norms))
+        norm = torch.linalg.vector_norm(norms)
+        if norms.dtype == torch.float64:  # else the sum of squares is infinite by itself
+            norm = torch.where(norm > LARGEST_NORM, math.inf, norm)
+        return norm.to(torch.float32)  # type: ignore[no-any-return]
+    whole = math.hypot(*norms)
+    return math.inf if whole > LARGEST_NORM else single(whole)
 
 
 def at(numbers: Any, positions: Sequence[int] | None) -> Any:

@@ -180,7 +180,8 @@ def raise_if_nonfinite(
         return
     bad = [parameter for parameter, own in zip(parameters, norms, strict=True) if not math.isfinite(own)]
     having = sum(parameter.grad is not None for parameter in parameters)
-    where = f"a NaN or an infinity in the gradient of {len(bad)} of {having} parameters" if bad else "beyond float32"
+    what = "a NaN or an infinity" if math.isnan(norm) else "a NaN, an infinity or a norm beyond float32 (above 1.8e19)"
+    where = f"{what} in the gradient of {len(bad)} of {having} parameters" if bad else "above 1.8e19, beyond float32"
     raise NonFiniteGradientError(f"The norm of the gradient is {norm}: {where}.", bad, records)
 
 

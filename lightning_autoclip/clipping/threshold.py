@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_autoclip._checks import check_choice, check_integer, check_positive
+from lightning_autoclip._checks import check_choice, check_integer, check_positive, shown
 from lightning_autoclip.clipping._numbers import Number, compiles_graphs, constant, flag, single, smaller
 from lightning_autoclip.clipping.bound import StepBound
 from lightning_autoclip.clipping.outliers import Outliers
@@ -35,7 +35,7 @@ class Threshold:
         nonfinite: NonFinite = "skip",
     ) -> None:
         if not isinstance(policy, Policy):
-            raise TypeError(f"Expected `policy` to be a `Policy` such as `Percentile(10)`, but got {policy!r}.")
+            raise TypeError(f"Expected `policy` to be a `Policy` such as `Percentile(10)`, but got {shown(policy)}.")
         algorithms, reactions = get_args(Algorithm), get_args(NonFinite)
         self.policy = policy
         self.gradient_clip_algorithm = check_choice("gradient_clip_algorithm", gradient_clip_algorithm, algorithms)

@@ -165,7 +165,7 @@ def illustrate(
             spikes = sorted((each for each in large if each.point.step in held), key=lambda spike: spike.point.step)
             wandb.alert_spike(logger, prefix, spikes)
         if alert_above is not None and alert_nonfinite:
-            wandb.alert_nonfinite(logger, prefix, [point for point in points if not point.finite])
+            wandb.alert_nonfinite(logger, prefix, [point for point in points if not math.isfinite(point.norm)])
 
 
 class SpikesInTime:

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_autoclip.clipping._numbers import compiles_graphs, on_host
 from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.monitoring.held import NOTHING, Held
-from lightning_autoclip.monitoring.summary import Point
+from lightning_autoclip.monitoring.summary import Point, Summary
 from lightning_autoclip.monitoring.trace import Trace, by_module, norms_by_module, shares_of
 
 _NUMBERS = 7  # of a `StepRecord` and of a `Point`, one after the other: all but the parameters' norms
@@ -54,6 +54,7 @@ class Recorder:
         self.trace, self.skips = Trace() if trace is None else trace, skips
         self.max_update_ratio: float | None = None
         self._on_device: list[tuple[tuple[int, int, int, int], Any, Any]] = []  # or on the host, of the CPU
+        self._bad_total = 0.0  # steps that were not finite, of those on the host
         self.held = Held()
         self._last_row: dict[str, float] | None = None
         self._last_finite: dict[str, float] = {}  # by key
@@ -101,6 +102,12 @@ class Recorder:
             here = there.cpu()  # in one copy
             numbers, norms = here[:, :_NUMBERS].tolist(), norms if norms[0] is None else here[:, _NUMBERS:]
         points = [self._point(place, those) for place, those in zip(places, numbers, strict=True)]
+        before = [self._bad_total, *(point.nonfinite_total for point in points)]
+        self._bad_total = before.pop()
+        points = [  # what is bad in another group is counted, not measured, in this one too
+            point if point.nonfinite_total <= total else point._replace(bad=1.0)
+            for point, total in zip(points, before, strict=True)
+        ]
         squares = None if norms[0] is None else torch.as_tensor(norms, dtype=torch.float64, device="cpu").square()
         self.trace.extend(points, squares)
         for point in points:
@@ -165,6 +172,7 @@ class Recorder:
     def restore(self, trace: Trace, held: Held) -> None:
         """Go on from what was saved; whatever happened since is taken back."""
         self.trace, self.held, self._on_device = trace, held, []
+        self._bad_total = Summary.merged(trace.bins).nonfinite
 
     def _row(self) -> dict[str, float]:
         """One row for the steps that are held. Non-finite steps are counted and otherwise left out."""

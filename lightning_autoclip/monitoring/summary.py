@@ -21,6 +21,7 @@ class Point(NamedTuple):
         norm: As the following fields, what `StepRecord` says.
         update_ratio: By what part of its norm the gradient, unless clipped, moves the weight matrix that it moves most;
             NaN where that is not known or has no bound.
+        bad: 1 if the gradient of the whole step was not finite, of which this may be the part of one group; else 0.
     """
 
     step: int
@@ -35,6 +36,7 @@ class Point(NamedTuple):
     max_norm: float = math.nan
     left_out: float = 0.0
     update_ratio: float = math.nan
+    bad: float = 0.0
 
     @property
     def is_bounded(self) -> bool:
@@ -44,8 +46,8 @@ class Point(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether the gradient held neither a NaN nor an infinity."""
-        return math.isfinite(self.norm)
+        """Whether the gradient of the whole step held neither a NaN nor an infinity."""
+        return math.isfinite(self.norm) and not self.bad
 
     @property
     def clip_coef(self) -> float:

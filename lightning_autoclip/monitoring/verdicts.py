@@ -155,13 +155,15 @@ def verdicts_of(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Ve
 
 def _of_nonfinite(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
     if figures.nonfinite > (max(20, OVERFLOWS * figures.steps) if has_scaler else 0):
-        first, named = "", ""
+        first = named = beyond = ""
         if trace.nonfinite:  # logged rows only count them
             named = ", ".join(name for name, _ in trace.nonfinite[0].parameters)
+            named = "other groups" if math.isfinite(trace.nonfinite[0].point.norm) else named
             first = f", first at {where(trace.nonfinite[0].point)}"
+            beyond = ", or a norm above 1.8e19" if trace.nonfinite[0].point.norm == math.inf else ""
         yield Verdict(
             "non-finite gradients",
-            f"{figures.nonfinite} of {figures.steps} steps had a NaN or an infinity in their gradient{first}"
+            f"{figures.nonfinite} of {figures.steps} steps had a NaN or an infinity in their gradient{beyond}{first}"
             + (f" in {named}." if named else "."),
             "Look at that batch, at what divides, takes a root or a logarithm there, and, if norms grew before it, at"
             " the learning rate.",

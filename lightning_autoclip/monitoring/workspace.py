@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from lightning_autoclip._checks import shown
 from lightning_autoclip.monitoring.recorder import SECTIONS
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ def create_workspace(
     """
     for argument, value in (("optimizers", optimizers), ("groups", groups)):
         if isinstance(value, str):
-            raise TypeError(f"Expected `{argument}` to be a sequence of names, but got {value!r}: `[{value!r}]`.")
+            raise TypeError(
+                f"Expected `{argument}` to be a sequence of names, but got {shown(value)}: `[{shown(value)}]`."
+            )
     try:
         from wandb_workspaces.reports.v2 import LinePlot, WeavePanelSummaryTable
         from wandb_workspaces.workspaces import RunsetSettings, Section, Workspace, WorkspaceSettings
