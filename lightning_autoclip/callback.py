@@ -277,7 +277,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         try:
             flags = [state_dict[key] for key in ("has_scaler", "several_policies")]
             if not state_dict["scopes"] or not all(isinstance(flag, bool) for flag in flags):
-                raise TypeError(f"no records, or flags {flags}")
+                raise TypeError(f"no records, or flags of {[*map(type, flags)]}")
             changed = self._settings.compare(written := state_dict["settings"])
             self._scopes.load_state_dict(state_dict["scopes"])
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:

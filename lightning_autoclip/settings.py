@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
+from lightning_autoclip._checks import shown
 from lightning_autoclip.clipping.bound import is_proportional
 from lightning_autoclip.clipping.clipper import GradientClipper
 from lightning_autoclip.clipping.policies import Policy
 from lightning_autoclip.groups import check_groups
+from lightning_autoclip.monitoring.logs import is_settings
 from lightning_autoclip.monitoring.runs import STATE_KEY
 
 
@@ -59,7 +63,8 @@ class Settings:
         policy: Any = self.policy
         known = dataclasses.is_dataclass(policy)
         fields = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)} if known else {}
-        return {"policy": {"name": type(policy).__qualname__, **fields}, **self.arguments, "groups": self.groups}
+        name = type(policy).__qualname__
+        return {"policy": {"name": name, **_plain(fields)}, **self.arguments, "groups": self.groups}
 
     def of_run(self) -> dict[str, Any]:
         """Those that hold for every step of the run, resumed ones included."""
@@ -80,8 +85,11 @@ class Settings:
 
         Raises:
             KeyError: A setting is missing.
+            TypeError: These are no settings.
             ValueError: The record has another unit, or is one of other groups.
         """
+        if not is_settings(written):
+            raise TypeError(f"these settings: {shown(written)}")
         changed = {key: value for key, value in self.to_dict().items() if written[key] != value}
         if "gradient_clip_algorithm" in changed:
             raise ValueError(
@@ -94,16 +102,31 @@ class Settings:
         )
         if was != now:
             raise ValueError(
-                f"The checkpoint's records were made with groups={written['groups']!r}, but this run has"
+                f"The checkpoint's records were made with groups={shown(written['groups'])}, but this run has"
                 f" groups={self.groups!r}. Resume with those groups, or delete"
                 f" `checkpoint['callbacks']['{STATE_KEY}']` to start with empty records."
             )
         if not changed:
             return ""
-        before = ", ".join(f"{key}={written[key]!r}" for key in changed)
+        before = ", ".join(f"{key}={shown(written[key])}" for key in changed)
         after = ", ".join(f"{key}={value!r}" for key, value in changed.items())
         return f"The checkpoint was written with {before}; this run goes on with {after} on the same record."
 
     def __repr__(self) -> str:
         given = self.arguments if self.groups is None else {**self.arguments, "groups": self.groups}
         return f"{self.policy!r}, " + ", ".join(f"{key}={value!r}" for key, value in given.items())
+
+
+def _plain(value: Any) -> Any:
+    """The value as YAML and JSON have it; in words, if they have none."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, str):
+        return str.__str__(value)  # numpy's and those of an enum would not load from a checkpoint
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, Real):  # numpy's numbers too
+        return int(value) if isinstance(value, Integral) else float(value)
+    return repr(value)

@@ -15,6 +15,7 @@ from lightning_autoclip.clipping.optimizers import parameters_of
 from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.monitoring.held import Held
 from lightning_autoclip.monitoring.recorder import Recorder
+from lightning_autoclip.monitoring.summary import Summary
 from lightning_autoclip.monitoring.trace import Trace
 
 Named = Sequence[tuple[int, str]]
@@ -51,6 +52,12 @@ class Scope:
         """Restore what :meth:`state_dict` returned; what is damaged is a `ValueError`."""
         trace, held = Trace.from_state(state["trace"]), Held.from_state(state["held"])
         self.clipper.load_state_dict(state["clipper"])
+        seen, (steps, bad) = Summary.merged(trace.bins), (self.clipper.steps, self.clipper.nonfinite_total)
+        if (seen.steps, seen.nonfinite) != (steps, bad) or len(held.points) > steps:
+            raise ValueError(
+                f"The state of a scope is damaged: its record is of {steps} steps, {bad} of them not finite, its trace"
+                f" of {seen.steps:.0f}, {seen.nonfinite:.0f} of them not finite."
+            )
         self.recorder.restore(trace, held)
 
     def go_on_from(self, other: Scope) -> None:

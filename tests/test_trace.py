@@ -367,7 +367,7 @@ def test_a_fit_of_the_same_parameters_goes_on_with_the_shares_and_learns_their_s
 
 COLUMNS = len(dataclasses.fields(Summary))
 BINS = torch.ones(3, COLUMNS, dtype=torch.float64)
-POINT = (1, 0, 1, 1, 2.0, 1.0, 2.0, 1.0, 0.0, 3.0, 0.0, 0.5)
+POINT = (1, 0, 1, 1, 2.0, 1.0, 2.0, 1.0, 0.0, 3.0, 0.0, 0.5, 0.0)
 SPIKE = (POINT, 2.0, (("scale", 1.0),))
 SPIKES = [
     "missing",

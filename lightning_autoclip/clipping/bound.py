@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from lightning_autoclip._checks import check_positive
+from lightning_autoclip._checks import check_positive, shown
 from lightning_autoclip.clipping import _numbers
 from lightning_autoclip.clipping._numbers import Number, constant, single
 from lightning_autoclip.clipping.gradients import Numbers, at, on_device
@@ -221,5 +221,6 @@ class StepBound:
         """
         sound = isinstance(weights, Tensor) and weights.layout is torch.strided and not weights.is_meta
         if not sound or weights.dtype != torch.float64 or weights.dim() != 1 or not bool((weights > 0).all()):
-            raise ValueError(f"Expected `weight_norms` to be above 0, float64, of shape (n,), but got {weights!r}.")
+            came = shown(weights)
+            raise ValueError(f"Expected `weight_norms` to be above 0, float64, of shape (n,), but got {came}.")
         self._set(weights.detach().tolist())

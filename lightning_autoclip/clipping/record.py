@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_autoclip._checks import check_integer, check_number
+from lightning_autoclip._checks import check_integer, check_number, shown
 from lightning_autoclip.clipping._numbers import Number, constant, single
 
 _FIRST_CAPACITY = 1024
@@ -177,7 +177,7 @@ class History:
             raise ValueError(f"Expected `values` and `count`, but got {', '.join(map(str, state))}.")
         sound = isinstance(values, Tensor) and values.layout is torch.strided and not values.is_meta
         if not sound or values.dtype != torch.float32 or values.dim() != 1 or not bool(values.isfinite().all()):
-            raise ValueError(f"Expected `values` to be finite, float32, of shape (n,), but got {values!r}.")
+            raise ValueError(f"Expected `values` to be finite, float32, of shape (n,), but got {shown(values)}.")
         if count < values.numel():
             raise ValueError(f"Expected `count` to be at least {values.numel()}, but got {count}.")
         self._set(values.detach().tolist(), count)

@@ -132,6 +132,7 @@ class Threshold:
             "until_measured": self._until_measured,
             "weight_norms": self.bound.state_dict(),
             "outliers_in_a_row": self.outliers.state_dict(),
+            "window": self.history.window,
             "history": self.history.state_dict(),
         }
 
@@ -157,6 +158,11 @@ class Threshold:
             bound.load_state_dict(state_dict["weight_norms"])
             outliers.load_state_dict(state_dict["outliers_in_a_row"])
             history.load_state_dict(state_dict["history"])
+            kept, count = (state_dict["history"][key] for key in ("values", "count"))
+            window = state_dict["window"]
+            least = count if window is None else min(count, check_integer("window", window, "an integer above 0", 1))
+            if kept.numel() != least or nonfinite_total > steps:
+                raise ValueError(f"{kept.numel()} of {count} norms, {nonfinite_total} of {steps} steps not finite")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"The state of a `GradientClipper` is damaged or not one: {error!r}.") from error
         if bool((history.recorded <= 0).any()):
@@ -167,4 +173,4 @@ class Threshold:
                 f" unit than those of {self.gradient_clip_algorithm!r}. Go on with that one, or with an empty record."
             )
         self.history, self.bound, self.outliers, self.steps = history, bound, outliers, steps
-        self._nonfinite, self._until_measured = float(min(nonfinite_total, steps)), until_measured
+        self._nonfinite, self._until_measured = float(nonfinite_total), until_measured

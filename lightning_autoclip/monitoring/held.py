@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_autoclip.monitoring.summary import Point, Summary
+from lightning_autoclip.monitoring.summary import LARGEST, Point, Summary
 
 NOTHING = Point(-1, -1, -1, -1, *[math.nan] * 5)
 
@@ -104,22 +104,28 @@ class Held:
         """
         held = cls()
         try:
-            for row in state["points"].tolist():
-                held.add(Point(*map(int, row[:4]), *row[4:]))
+            points = [Point(*map(int, row[:4]), *row[4:]) for row in state["points"].tolist()]
+            if not all(point.is_sound for point in points):
+                raise ValueError("a step is none")
+            for point in points:
+                held.add(point)
+            if not all(isinstance(state[key], dict) for key in ("share_sums", "norm_sums", "norm_steps")):
+                raise TypeError("a dict is none")
             held.told, held.share_steps = state["told"], state["share_steps"]
             held.share_sums = dict(state["share_sums"])
             held.norm_sums, held.norm_steps = dict(state["norm_sums"]), dict(state["norm_steps"])
-            sums = [*held.share_sums.items(), *held.norm_sums.items()]
+            shares, steps = held.share_sums.items(), len(held.points)
             sound = (
-                state["points"].shape == (len(held.points), len(Point._fields)),
-                state["points"].dtype == torch.float64,
-                all(type(count) is int for count in (held.told, held.share_steps)),
-                all(type(key) is str and type(value) is float for key, value in sums),
+                state["points"].shape == (steps, len(Point._fields)) and state["points"].dtype == torch.float64,
+                all(type(count) is int and 0 <= count <= steps for count in (held.told, held.share_steps)),
+                all(type(key) is str and type(value) is float and 0 <= value <= steps + 1 for key, value in shares),
+                all(type(key) is str and type(value) is float for key, value in held.norm_sums.items()),
+                all(0 <= value <= LARGEST * max(steps, 1) for value in held.norm_sums.values()),
                 held.norm_steps.keys() == held.norm_sums.keys(),
-                all(type(count) is int and count >= 0 for count in held.norm_steps.values()),
+                all(type(count) is int and 0 <= count <= steps for count in held.norm_steps.values()),
             )
-            if not all(sound) or not 0 <= held.told <= len(held.points) or held.share_steps < 0:
-                raise ValueError("an entry has a wrong type or size")
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+            if not all(sound):
+                raise ValueError("an entry has a wrong type, size or range")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(f"The steps that wait for their row are damaged: {error!r}.") from error
         return held

@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -42,7 +41,7 @@ def describe(loggers: Iterable[Logger], settings: Mapping[str, Any], hparams: Ma
         hparams: Those of the user's module; what stands under that key stays.
         step: The step that the fit begins with.
     """
-    written, hparams = {CONFIG_KEY: _plain(settings)}, hparams if isinstance(hparams, Mapping) else {}
+    written, hparams = {CONFIG_KEY: dict(settings)}, hparams if isinstance(hparams, Mapping) else {}
     for logger in loggers:
         name = type(logger).__name__
         try:
@@ -86,19 +85,6 @@ def _add_to_hparams_file(logger: Any, settings: dict[str, Any], step: int) -> No
         raise ValueError(f"expected {path} to have lines `name: value`, but it begins with {users[:20]!r}")
     with files.open(path, "w", encoding="utf-8") as file:
         file.write(users + yaml.safe_dump({CONFIG_KEY: settings}, sort_keys=False))
-
-
-def _plain(value: Any) -> Any:
-    """The value as YAML and JSON have it; in words, if they have none."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, Real):  # numpy's numbers too
-        return int(value) if isinstance(value, Integral) else float(value)
-    return repr(value)
 
 
 def define(loggers: Iterable[Logger], keys: Sequence[str]) -> None:

@@ -62,8 +62,13 @@ def is_settings(value: Any) -> bool:
         and "max_threshold" in value
         and type(warmup := value.get("warmup_steps")) is int
         and warmup >= 0
-        and isinstance(value.get("policy"), dict)
+        and isinstance(policy := value.get("policy"), dict)
+        and (policy.get("name") != "Percentile" or _is_percentile(policy.get("percentile")))
     )
+
+
+def _is_percentile(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 100
 
 
 def _of_csv(path: Path) -> Log:

@@ -91,7 +91,7 @@ def _of_checkpoint(path: Path) -> RecordedRun:
             raise KeyError("settings")
         if state["several_policies"]:
             settings["policy"] = {"name": "several"}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise ValueError(f"The state of {STATE_KEY!r} in {path} is damaged: {error!r}.") from error
     return RecordedRun(f"checkpoint {path.name}", traces, norms, settings, has_scaler)
 

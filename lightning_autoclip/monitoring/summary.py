@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 SAME = 1e-3  # norms that differ by no more than this part are one number
+LARGEST = 3.41e38  # above every float32
+_LOGS = -104.0, 89.0  # of every float32 above 0
+_MOST = 2.0**53  # what counts
 
 
 class Point(NamedTuple):
@@ -58,6 +61,21 @@ class Point(NamedTuple):
         if math.isnan(self.clipped_norm) or not self.finite or self.left_out:
             return math.nan
         return 1.0 if self.clipped_norm >= self.norm else self.clipped_norm / self.norm
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it can be the record of a step, rather than one that is damaged."""
+        numbers = self.norm, self.clipped_norm, self.statistic, self.threshold
+        return (
+            all(type(place) is int and -1 <= place < _MOST for place in self[:4])
+            and self.step >= 0
+            and all(type(number) is float for number in self[4:])
+            and all(math.isnan(number) or 0 <= number < LARGEST or number == math.inf for number in numbers)
+            and 0 <= self.nonfinite_total < _MOST
+            and all(math.isnan(number) or number >= 0 for number in (self.max_norm, self.update_ratio))
+            and (math.isnan(self.update_ratio) or self.max_norm > 0)
+            and {self.left_out, self.bad} <= {0.0, 1.0}
+        )
 
     @property
     def batches(self) -> str:
@@ -141,6 +159,35 @@ class Summary:
             summary.updates = math.log(point.update_ratio)
             summary.excess = math.log(point.norm / point.max_norm) if point.is_bounded else 0.0
         return summary
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it can be what some steps of a fit were summed up to, rather than damaged."""
+        steps, norms = self.steps, self.norms
+        counts = (self.nonfinite, self.zero, self.measured, self.clipped, self.at_top, self.weighed, self.bounded)
+        up_to = {
+            (self.first, self.last),
+            (self.nonfinite + self.zero, steps),
+            (self.clipped, self.measured),
+            (self.bounded, self.weighed),
+            (self.coefs, self.measured * (1 + SAME)),
+            (self.total, LARGEST * steps),
+            (self.coef_min, 1.0),
+            (_LOGS[0] * norms, self.logs),
+            (self.logs, _LOGS[1] * norms),
+            (abs(self.updates), 709.0 * self.weighed),  # what `exp` takes
+            (self.excess, 709.0 * self.bounded),
+        }
+        return (
+            1 <= steps < _MOST
+            and all(0 <= place < _MOST and place.is_integer() for place in (self.first, self.last, steps))
+            and all(0 <= count <= steps and count.is_integer() for count in (*counts, self.left_out))
+            and all(0 <= number < LARGEST for number in (self.largest, self.top))
+            and (math.isnan(self.threshold) or 0 <= self.threshold < LARGEST)
+            and (0 < self.smallest < LARGEST or self.smallest == math.inf)
+            and min(self.total, self.coefs, self.coef_min, self.excess) >= 0
+            and all(low <= high for low, high in up_to)
+        )
 
     @classmethod
     def merged(cls, parts: Iterable[Summary]) -> Summary:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_autoclip.monitoring.summary import Point, Summary
+from lightning_autoclip.monitoring.summary import SAME, Point, Summary
 
 MOST_BINS = 1024
 MOST_SPIKES = 20
@@ -32,6 +33,17 @@ class Spike:
     point: Point
     times: float
     parameters: tuple[tuple[str, float], ...]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it can be one, rather than damaged."""
+        return (
+            self.point.is_sound
+            and type(self.times) is float
+            and not self.times < 0
+            and all(type(name) is str and type(share) is float for name, share in self.parameters)
+            and all(math.isnan(share) or 0 <= share <= 1 for _, share in self.parameters)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The spike as one flat row of a table."""
@@ -156,8 +168,8 @@ class Trace:
             ValueError: An entry is missing or damaged.
         """
         try:
-            if not isinstance(state["names"], list):
-                raise TypeError("names")
+            if not all(isinstance(state[key], list) for key in ("names", "numels", "largest", "nonfinite")):
+                raise TypeError("a list is none")
             trace = cls(state["names"], state["numels"])
             trace.bins = [Summary(*row) for row in state["bins"].tolist()]
             trace.largest, trace.nonfinite = (
@@ -167,25 +179,29 @@ class Trace:
             trace._width, trace._share_steps = state["width"], state["share_steps"]
             trace._share_sums = state["share_sums"].clone()
             trace._check(state["bins"].shape)
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(f"The trace of a run is damaged or not one: {error!r}.") from error
         return trace
 
     def _check(self, bins: torch.Size) -> None:
         """Raise unless everything has its type and size."""
-        spikes = [*self.largest, *self.nonfinite]
+        sums, steps = self._share_sums, Summary.merged(self.bins).steps
         sound = (
-            bins == (len(self.bins), len(fields(Summary))),
-            all(type(name) is str for name in self.names),
-            all(type(numel) is int for numel in self.numels) and len(self.numels) == len(self.names),
-            self._share_sums.shape == (len(self.names),) and self._share_sums.dtype == torch.float64,
-            all(type(count) is int for count in (self._width, self._share_steps)),
-            all(type(value) is int for spike in spikes for value in spike.point[:4]),
-            all(type(value) is float for spike in spikes for value in (*spike.point[4:], spike.times)),
-            all(type(name) is str for spike in spikes for name, _ in spike.parameters),
+            bins == (len(self.bins), len(fields(Summary))) and len(self.bins) <= MOST_BINS,
+            all(steps.is_sound and steps.steps <= self._width for steps in self.bins),
+            all(before.last <= after.first for before, after in pairwise(self.bins)),
+            all(type(name) is str for name in self.names) and len(self.numels) == len(self.names),
+            all(type(numel) is int and 0 <= numel < 2**63 for numel in self.numels),
+            type(self._width) is int and 1 <= self._width < 2**53,
+            type(self._share_steps) is int and 0 <= self._share_steps <= steps,
+            sums.shape == (len(self.names),) and sums.dtype == torch.float64,
+            bool(((sums >= 0) & (sums <= self._share_steps * (1 + SAME))).all()),
+            max(len(self.largest), len(self.nonfinite)) <= MOST_SPIKES,
+            all(spike.is_sound and spike.point.finite for spike in self.largest),
+            all(spike.is_sound and not spike.point.finite for spike in self.nonfinite),
         )
-        if not all(sound) or self._width < 1 or self._share_steps < 0:
-            raise ValueError("an entry has a wrong type or size")
+        if not all(sound):
+            raise ValueError("an entry has a wrong type, size or range")
 
     def follow(self, names: Sequence[str], numels: Sequence[int]) -> None:
         """Go on with these parameters: at the start of a fit, or when some have joined the optimizer."""

@@ -1,0 +1,158 @@
+"""Checkpoints of which an entry is damaged: refused, or whatever they lead to is none of our errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Net, loader, trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torch.optim import SGD
+
+from lightning_autoclip import AutoClip
+from lightning_autoclip.__main__ import main
+from lightning_autoclip.monitoring.runs import read_run
+
+ARGUMENTS: dict[str, Any] = {"log_layers": True, "log_every_step": True, "skip_above": 20.0, "verbose": False}
+
+
+def two_layers() -> Net:
+    def optimizer(parameters: Any) -> SGD:
+        parameters = list(parameters)
+        return SGD([{"params": parameters[:2], "name": "one"}, {"params": parameters[2:], "name": "two"}], 0.01, 0.9)
+
+    return Net(optimizer)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> dict[str, Any]:
+    """Of a run with two groups, steps that wait for their row, one that is not finite and one that is left out."""
+    path = tmp_path_factory.mktemp("damage")
+    scales = [1.0] * 20 + [math.nan] * 4 + [1.0] * 84 + [300.0] * 4 + [1.0] * 8
+    autoclip = AutoClip(50, groups="param_groups", **ARGUMENTS)
+    saves = ModelCheckpoint(path, filename="run", every_n_train_steps=29)
+    run = trainer(autoclip, saves, log_every_n_steps=8, logger=CSVLogger(path), enable_checkpointing=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(two_layers(), loader(n=120, scales=scales))
+    return torch.load(path / "run.ckpt", weights_only=True)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every entry, at whatever depth; of a tensor a few of its numbers."""
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from places(entry, (*path, key))
+    elif isinstance(value, (list, tuple)):
+        for i, entry in enumerate(value[:3]):
+            yield from places(entry, (*path, i))
+    elif isinstance(value, Tensor):
+        yield from ((*path, i) for i in range(min(value.numel(), 40)))
+
+
+def damaged(value: Any, path: tuple[Any, ...], by: Any) -> Any:
+    """A copy with another entry there; with none, where `by` is ``"gone"``."""
+    first, *rest = path
+    if isinstance(value, Tensor):
+        changed = value.clone()
+        if isinstance(by, (int, float)) and not isinstance(by, bool):
+            changed.view(-1)[first] = torch.tensor(by, dtype=torch.float64).to(value.dtype)
+            return changed
+        return changed[:-1] if by == "gone" else by
+    changed = dict(value) if isinstance(value, dict) else list(value)
+    if rest:
+        changed[first] = damaged(value[first], tuple(rest), by)
+    elif isinstance(by, str) and by == "gone":
+        del changed[first]
+    else:
+        changed[first] = by
+    return tuple(changed) if isinstance(value, tuple) else changed
+
+
+BAD: list[Any] = ["gone", None, True, -1, 0, 3, 10**18, 10**30, -1.5, 0.5, 1e30, 1e308, math.nan, math.inf, -math.inf]
+BAD += ["", "x", [], [1.0], {}, {"x": 1}, (), torch.ones(2), torch.tensor(-1e308, dtype=torch.float64)]
+BAD += [torch.ones(3, 40, dtype=torch.float64) * 1e300, torch.zeros(0), torch.ones(2, dtype=torch.int64), b"x", 1j]
+
+
+def go_on_from(state: dict[str, Any], folder: Path) -> None:
+    """Load the state, train on, look back."""
+    autoclip = AutoClip(50, groups="param_groups", **ARGUMENTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        autoclip.load_state_dict(state)
+        run = trainer(autoclip, log_every_n_steps=4, max_steps=6, logger=CSVLogger(folder))
+        run.fit(two_layers(), loader())
+    assert autoclip.report().to_markdown()
+    assert autoclip.report().to_dict()
+    assert len(autoclip.spikes()) > 6
+    autoclip.plot()
+    run.save_checkpoint(folder / "again.ckpt")
+
+
+def every_damage(state: dict[str, Any]) -> list[tuple[tuple[Any, ...], Any]]:
+    """Each entry with each bad value, of one group; in an order that is the same each time."""
+    found = [path for path in places(state) if "autoclip/two/" not in path]
+    cases = [(path, by) for path in found for by in BAD]
+    random.Random(0).shuffle(cases)
+    return cases
+
+
+def test_a_damaged_entry_is_refused_by_one_sentence_or_does_no_harm(checkpoint, tmp_path):
+    state, refused = checkpoint["callbacks"]["GradientClipping"], []
+    accepted: dict[tuple[str, ...], Any] = {}
+    cases = every_damage(state)
+    for path, by in cases:
+        changed = damaged(state, path, by)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                AutoClip(50, groups="param_groups", **ARGUMENTS).load_state_dict(changed)
+            accepted[tuple(key for key in path if isinstance(key, str))] = changed
+        except ValueError as error:
+            refused.append(str(error))
+    assert not [text for text in refused if not re.search(r"damaged|checkpoint's records? (was|were) made with", text)]
+    assert max(map(len, refused)) < 1000
+    assert len(refused) > 0.9 * len(cases)  # the rest is another setting, or nothing that a record could tell
+    for changed in accepted.values():
+        go_on_from(changed, tmp_path)
+
+
+def test_what_is_shortened_or_exchanged_is_refused(checkpoint):
+    state = checkpoint["callbacks"]["GradientClipping"]
+    one, two = (state["scopes"][f"autoclip/{group}/"] for group in ("one", "two"))
+    history, bins = one["clipper"]["history"], one["trace"]["bins"]
+    changes = [("clipper", "history", {**history, "values": history["values"][1:]}), ("clipper", "steps", 7)]
+    for entry, part, other in [*changes, ("trace", "bins", bins[1:]), ("trace", "bins", bins.flip(0))]:
+        scopes = {"autoclip/one/": {**one, entry: {**one[entry], part: other}}, "autoclip/two/": two}
+        with pytest.raises(ValueError, match="damaged"):
+            AutoClip(50, groups="param_groups", **ARGUMENTS).load_state_dict({**state, "scopes": scopes})
+
+
+def test_a_report_of_a_damaged_checkpoint_is_one_line_or_right(checkpoint, tmp_path):
+    state, refused = checkpoint["callbacks"]["GradientClipping"], []
+    for number, (path, by) in enumerate(every_damage(state)[:400]):
+        callbacks = {"GradientClipping": damaged(state, path, by)}
+        torch.save({**checkpoint, "callbacks": callbacks}, tmp_path / "run.ckpt")
+        try:
+            run = read_run(tmp_path / "run.ckpt")
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        assert str(run.report())
+        assert json.dumps(run.report().to_dict(), allow_nan=False)
+        if number % 20 == 0:
+            assert main(["report", str(tmp_path / "run.ckpt"), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert len(refused) > 200
+    assert all("damaged" in text and len(text) < 1000 for text in refused)
