@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_autoclip._text import printable
 from lightning_autoclip.monitoring.runs import RecordedRun, read_run
 from lightning_autoclip.monitoring.suggest import table, table_by_value
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report(run, parsed.plot, parsed.json) if parsed.command == "report" else _suggest(run)
         sys.stdout.flush()
     except ValueError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {printable(str(error))}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # as of `... | head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter flushes into it again
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
     report = run.report()
-    print(json.dumps(report.to_dict(), indent=1) if as_json else f"{run.source}\n{report}")
+    print(json.dumps(report.to_dict(), indent=1) if as_json else f"{printable(run.source)}\n{report}")
     if not any(trace.names for trace in run.traces.values()):
         print("Layers and batches are known from checkpoints only: these are logged rows.", file=sys.stderr)
     try:
@@ -63,7 +64,7 @@ def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
         raise ValueError(
             f"Expected `--plot` to be a file that can be written, but got {plot or _PLOT}: {error}"
         ) from error
-    print(f"Plot: {path}{told}", file=sys.stderr)
+    print(printable(f"Plot: {path}{told}"), file=sys.stderr)
 
 
 def _save(figure: Figure, plot: Path | None) -> tuple[Path, str]:
@@ -74,17 +75,23 @@ def _save(figure: Figure, plot: Path | None) -> tuple[Path, str]:
     """
     if plot is not None:
         told = " (in place of the one that was there)" if plot.exists() else ""
-        figure.savefig(plot, dpi=150)
+        drawn = _drawn(figure, plot.suffix.lstrip(".") or "png")
+        plot.write_bytes(drawn)  # into that very file, whatever its name ends in
         return plot, told
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=150, format="png")
+    drawn = _drawn(figure, "png")
     for path in (_PLOT, *(_PLOT.with_stem(f"{_PLOT.stem}-{number}") for number in range(1, 1000))):
         if not path.exists():
-            path.write_bytes(drawn.getvalue())
+            path.write_bytes(drawn)
             return path, "" if path == _PLOT else f" ({_PLOT} shows another run: `--plot {_PLOT}` would replace it)"
-        if path.read_bytes() == drawn.getvalue():
+        if path.read_bytes() == drawn:
             return path, " (as it was)"
     raise OSError("there are a thousand of them: name one with `--plot`")
+
+
+def _drawn(figure: Figure, kind: str) -> bytes:
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=kind)
+    return drawn.getvalue()
 
 
 def _suggest(run: RecordedRun) -> None:
@@ -97,7 +104,7 @@ def _suggest(run: RecordedRun) -> None:
     unit = "root-mean-square entries" if by_value else "norms"
     for prefix, norms in run.norms.items():
         shown = table_by_value(norms, **_own(run.settings["policy"])) if by_value else table(norms)
-        print(f"{run.source}, {prefix.strip('/')}: {len(norms):,} {unit}\n{shown}\n")
+        print(f"{printable(run.source + ', ' + prefix.strip('/'))}: {len(norms):,} {unit}\n{shown}\n")
 
 
 def _own(policy: Mapping[str, Any]) -> dict[str, float]:

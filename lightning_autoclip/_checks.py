@@ -7,16 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
 
-_MOST_SHOWN = 120  # characters of what came
-
-
-def shown(value: Any) -> str:
-    """What came, for a message: short, whatever its ``repr`` does."""
-    try:
-        text = repr(value)
-    except Exception:  # Python refuses to write an integer of more than 4,300 digits, for one
-        return "what cannot be shown"
-    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
+from lightning_autoclip._text import shown
 
 
 def check_number(name: str, value: Any, rule: str, low: float, high: float = math.inf, open_low: bool = False) -> float:

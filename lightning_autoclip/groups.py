@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from lightning_autoclip._checks import shown
+from lightning_autoclip._text import shown
 
 PARAM_GROUPS = "param_groups"
 REST = "rest"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any
 
-from lightning_autoclip._checks import shown
+from lightning_autoclip._text import shown
 from lightning_autoclip.clipping.bound import is_proportional
 from lightning_autoclip.clipping.clipper import GradientClipper
 from lightning_autoclip.clipping.policies import Policy

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_autoclip._checks import check_bool, check_number
+from lightning_autoclip._text import printable
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.monitoring import live, loggers
 from lightning_autoclip.monitoring.report import Report
@@ -189,7 +190,7 @@ def located(
 ) -> NonFiniteGradientError:
     """The error with what only the Trainer knows: step, batch and the parameters' names."""
     names = dict(reversed(parameter_names(pl_module)))
-    bad = ", ".join(names.get(id(parameter), "(not in the model)") for parameter in error.parameters)
+    bad = printable(", ".join(names.get(id(each), "(not in the model)") for each in error.parameters))
     which = f" They are: {bad}." if bad else ""  # an engine does not tell
     where = f"At optimizer step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch_idx}):"
     return NonFiniteGradientError(

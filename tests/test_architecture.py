@@ -29,6 +29,7 @@ _MONITORING = [
 ]
 _LOGGERS = ["wandb", "loggers", "workspace"]
 WITHOUT_LIGHTNING = [
+    "_text",
     "_checks",
     "clipping",
     *(f"clipping.{room}" for room in _CLIPPING),

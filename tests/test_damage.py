@@ -124,7 +124,7 @@ def test_a_damaged_entry_is_refused_by_one_sentence_or_does_no_harm(checkpoint, 
             refused.append(str(error))
     assert not [text for text in refused if not re.search(r"damaged|checkpoint's records? (was|were) made with", text)]
     assert max(map(len, refused)) < 1000
-    assert len(refused) > 0.9 * len(cases)  # the rest is another setting, or nothing that a record could tell
+    assert len(refused) > 0.8 * len(cases)  # the rest is another setting, or nothing that a record could tell
     for changed in accepted.values():
         go_on_from(changed, tmp_path)
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from lightning_autoclip._checks import check_positive, shown
+from lightning_autoclip._checks import check_positive
+from lightning_autoclip._text import shown
 from lightning_autoclip.clipping import _numbers
 from lightning_autoclip.clipping._numbers import Number, constant, single
 from lightning_autoclip.clipping.gradients import Numbers, at, on_device

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_autoclip._checks import check_integer, check_number, shown
+from lightning_autoclip._checks import check_integer, check_number
+from lightning_autoclip._text import shown
 from lightning_autoclip.clipping._numbers import Number, constant, single
 
 _FIRST_CAPACITY = 1024

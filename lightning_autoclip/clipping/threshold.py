@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_autoclip._checks import check_choice, check_integer, check_positive, shown
+from lightning_autoclip._checks import check_choice, check_integer, check_positive
+from lightning_autoclip._text import shown
 from lightning_autoclip.clipping._numbers import Number, compiles_graphs, constant, flag, single, smaller
 from lightning_autoclip.clipping.bound import StepBound
 from lightning_autoclip.clipping.outliers import Outliers

@@ -16,6 +16,7 @@ import yaml
 
 CONFIG_KEY = "lightning_autoclip"  # of the callback's settings among a run's hyperparameters
 _STEP = "trainer/global_step"  # of W&B's rows
+_TIME_LIMIT = 600.0  # seconds for W&B's client to read a run
 _EVENTS = "events.out.tfevents.*"
 _SafeLoader: Any = type("_SafeLoader", (yaml.SafeLoader,), {})
 _SafeLoader.add_multi_constructor("", lambda loader, tag, node: None)  # objects of the user's are nothing to us
@@ -155,8 +156,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
     """All records of a directory of a W&B run, as its client has them on disk."""
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIME_LIMIT)
+    except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None) or getattr(error, "stdout", None) or str(error)
         said = output.strip().splitlines()[-1:]
         raise ValueError(

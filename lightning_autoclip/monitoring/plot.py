@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_autoclip._text import printable
 from lightning_autoclip.monitoring.trace import Spike, Trace
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def plot_of(traces: Mapping[str, Trace], settings: Mapping[str, Any]) -> Figure:
         _draw_norms(upper, trace, by_value)
         _draw_clipping(lower, trace)
         if len(drawn) > 1:
-            upper.set_title(prefix.strip("/"), loc="left", fontsize=10)
+            upper.set_title(printable(prefix.strip("/")), loc="left", fontsize=10, parse_math=False)
     grid[-1][0].set_xlabel("step")
     return figure
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_autoclip._text import as_key
 from lightning_autoclip.clipping._numbers import compiles_graphs, on_host
 from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.monitoring.held import NOTHING, Held
@@ -208,8 +209,8 @@ class Recorder:
             return {}
         shares = by_module(self.held.shares(self.trace.names), self.layer_depth)
         of_share, of_norm = (self.prefix.replace("autoclip/", f"{section}/", 1) for section in SECTIONS)
-        norms = {of_norm + module: norm for module, norm in self.held.norms(shares).items()}
-        return {of_share + module: share for module, share in shares.items()} | norms
+        norms = {of_norm + as_key(module): norm for module, norm in self.held.norms(shares).items()}
+        return {of_share + as_key(module): share for module, share in shares.items()} | norms
 
     def _step_row(self, point: Point) -> dict[str, float]:
         row = {"grad_norm": point.norm, "threshold": point.threshold}

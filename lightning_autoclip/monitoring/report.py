@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from textwrap import fill
 from typing import Any
 
+from lightning_autoclip._text import as_markdown, printable
 from lightning_autoclip.monitoring.trace import Trace
 from lightning_autoclip.monitoring.verdicts import LEAST_STEPS, Figures, Verdict, figures_of, verdicts_of
 
@@ -129,8 +130,9 @@ def _lines(section: Section) -> Iterator[str]:
         " first tenth,"
         f" {figures.norm_last:.3g} in the last, threshold {figures.threshold:.3g}{_bound(section)}{_left_out(figures)}."
     )
-    yield fill(text + ("" if section.verdicts else f" {_nothing(figures)}."), _WIDTH, subsequent_indent="  ")
-    yield from (fill(f"  - {verdict}", _WIDTH, subsequent_indent="    ") for verdict in section.verdicts)
+    text = printable(text + ("" if section.verdicts else f" {_nothing(figures)}."))
+    yield fill(text, _WIDTH, subsequent_indent="  ")
+    yield from (fill(printable(f"  - {each}"), _WIDTH, subsequent_indent="    ") for each in section.verdicts)
 
 
 def _left_out(figures: Figures) -> str:
@@ -150,13 +152,15 @@ def _bound(section: Section) -> str:
 
 def _markdown(section: Section) -> Iterator[str]:
     """The section as a heading, a table and a list."""
-    yield from (f"## {section.name}", "", "| figure | value |", "|---|---|")
+    yield from (f"## {as_markdown(section.name)}", "", "| figure | value |", "|---|---|")
     for key, value in asdict(section.figures).items():
         if key != "modules":
             yield f"| {key} | {value:,} |" if isinstance(value, int) else f"| {key} | {value:.4g} |"
     for module, share in list(section.figures.modules.items())[:5]:
-        yield f"| share of {module} in the squared norm | {share:.1%} |"
+        yield f"| share of {as_markdown(module)} in the squared norm | {share:.1%} |"
     yield ""
-    yield from (f"- **{verdict.name}**: {verdict.evidence} {verdict.advice}" for verdict in section.verdicts)
+    for verdict in section.verdicts:  # whose own words have marks too
+        told = printable(f"{verdict.evidence} {verdict.advice}").replace("<", r"\<")
+        yield f"- **{verdict.name}**: {told}"
     yield from (() if section.verdicts else (f"{_nothing(section.figures)}.",))
     yield ""

@@ -12,7 +12,7 @@ from lightning_autoclip.monitoring.checkpoints import read_part
 from lightning_autoclip.monitoring.logs import Log, is_settings, read_log
 from lightning_autoclip.monitoring.plot import plot_of
 from lightning_autoclip.monitoring.report import Report, report_of
-from lightning_autoclip.monitoring.summary import Point, Summary
+from lightning_autoclip.monitoring.summary import LARGEST, Point, Summary
 from lightning_autoclip.monitoring.trace import MOST_SPIKES, Spike, Trace
 
 if TYPE_CHECKING:
@@ -122,6 +122,8 @@ def _exact(trace: Trace, history: list[float]) -> list[float]:
 def _of_log(log: Log) -> RecordedRun:
     """From logged rows: a bin per row, and the series of steps if ``log_every_step`` logged it."""
     rows, settings = [row for row in log.rows if math.isfinite(row["step"])], _UNKNOWN | (log.settings or {})
+    for row in rows:
+        _check(row, log.source)
     keys = {key for row in rows for key in row if "autoclip/" in key and key.endswith(f"/{_COUNT}")}
     prefixes = sorted(key.removesuffix(_COUNT) for key in keys)
     traces, norms = {}, {}
@@ -156,6 +158,13 @@ def _of_log(log: Log) -> RecordedRun:
     if not traces:
         raise ValueError(_why_nothing(log))
     return RecordedRun(log.source, traces, norms, settings)
+
+
+def _check(row: Row, source: str) -> None:
+    """Refuse what no row of this library can hold."""
+    for key, value in row.items():
+        if abs(value) > LARGEST and math.isfinite(value):
+            raise ValueError(f"{source} is damaged: at step {row['step']:.0f} it has {value:g} as `{key}`.")
 
 
 def _why_nothing(log: Log) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_autoclip._text import printable
 from lightning_autoclip.monitoring.summary import SAME, Point, Summary
 
 MOST_BINS = 1024
@@ -58,7 +59,7 @@ class Spike:
             "threshold": point.threshold,
             "clip_coef": point.clip_coef,
             "left_out": bool(point.left_out),
-            "parameters": names,
+            "parameters": printable(names),
         }
 
 

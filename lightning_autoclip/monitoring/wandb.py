@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
+from lightning_autoclip._text import printable
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Spike
 
@@ -65,7 +66,7 @@ def log_health(logger: Any, health: str) -> None:
 def alert_spike(logger: Any, prefix: str, spikes: Sequence[Spike]) -> None:
     """Send an alert of the first of these spikes, if there is one."""
     for spike in spikes[:1]:
-        names = ", ".join(f"{name} ({share:.0%})" for name, share in spike.parameters)
+        names = printable(", ".join(f"{name} ({share:.0%})" for name, share in spike.parameters))
         what = f"{spike.point.norm:.4g}, {spike.times:.1f} times the typical one" + (
             f", mostly in {names}" * bool(names)
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from lightning_autoclip._checks import shown
+from lightning_autoclip._text import shown
 from lightning_autoclip.monitoring.recorder import SECTIONS
 
 if TYPE_CHECKING:

@@ -1,0 +1,50 @@
+"""What came from elsewhere as it can be shown: values in messages, names in tables, terminals and keys."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+_MOST_SHOWN = 120  # characters of a value
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, whatever its ``repr`` does."""
+    try:
+        text = repr(value)
+    except Exception:  # Python refuses to write an integer of more than 4,300 digits, for one
+        return "what cannot be shown"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters, line ends and what else has no glyph as escapes.
+
+    Example:
+        >>> printable("net.\x1b[31mred")
+        'net.\\x1b[31mred'
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def as_key(name: str) -> str:
+    """A name as a part of a key that every logger takes: other characters as their number.
+
+    Example:
+        >>> as_key("blocks.0.attn"), as_key("a*b=c")
+        ('blocks.0.attn', 'a_2a_b_3d_c')
+    """
+    return re.sub(r"[^\w\-. /:]", lambda found: f"_{ord(found[0]):x}_", name)
+
+
+def as_cell(text: str) -> str:
+    """A text as a cell of a table that no spreadsheet takes for a formula."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def as_markdown(text: str) -> str:
+    """A text within a line of markdown, a table's cell too."""
+    return re.sub(r"([\\|`*<\[])", r"\\\1", printable(text))
