@@ -95,6 +95,20 @@ def test_on_any_other_device_nothing_is_copied():
     assert not can_be_undone(SGD([weight], lr=0.1))
 
 
+@pytest.mark.parametrize("loaded", [0, 3])
+def test_steps_that_are_not_finite_are_counted_in_integers(loaded, compiling):
+    """A float may have eight bits there, and stands still at 256."""
+    weight = nn.Parameter(torch.ones(3))
+    optimizer, clipper = SGD([weight], lr=0.1), GradientClipper(Percentile(100))
+    clipper.load_state_dict({**clipper.state_dict(), "steps": loaded, "nonfinite_total": loaded})
+    for count, norm in enumerate((math.nan, math.inf), loaded + 1):
+        weight.grad = torch.full((3,), norm)
+        record = clipper.clip_(optimizer)
+        optimizer.step()
+        assert (clipper._nonfinite.dtype, clipper.nonfinite_total) == (torch.int64, count)
+        assert (record.nonfinite_total.dtype, record.nonfinite_total.item()) == (torch.float32, count)
+
+
 @pytest.mark.parametrize("count", [1, 2, 49, 50, 64])
 def test_rows_come_to_the_host_as_they_are(count, compiling):
     rows = list(torch.arange(3.0 * count).reshape(count, 3))

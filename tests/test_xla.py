@@ -6,8 +6,11 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,8 +22,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import XLAPrecision
 from lightning.pytorch.strategies import SingleDeviceXLAStrategy
+from models import OneBackward
 from torch import nn
 from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from torch_xla.debug import metrics
 from xla_ranks import RUNS as RUNS_ON_TWO
@@ -29,12 +34,20 @@ from xla_ranks import CPUClient, fit
 from lightning_autoclip import GradientClipper, NonFiniteGradientError, Percentile
 
 SCALES = [1.0 + 5.0 * (row // 4 % 7 == 3) + row % 3 for row in range(84)]  # for 21 batches of four rows
+FAR = [100.0 if row // 4 in (25, 40, 95) else 1.0 + row % 3 for row in range(480)]  # three batches of 120
 SPOILED = [math.nan if row == 33 else scale for row, scale in enumerate(SCALES)]  # the ninth batch
 PER_ROW = 6  # copies to the host for 50 steps: 32 + 16 + 2 of them, numbers and norms
 
 
-def on_xla() -> dict[str, Any]:
-    return {"accelerator": CPUClient(), "strategy": SingleDeviceXLAStrategy(device=torch.device("xla", 0))}
+@pytest.fixture(scope="module", autouse=True)
+def _xla_is_there_before_the_first_backward_pass():
+    """Autograd counts the devices once (torch 2.9), and a run on the CPU may come first."""
+    torch_xla.device()
+
+
+def on_xla(precision: XLAPrecision | None = None) -> dict[str, Any]:
+    strategy = SingleDeviceXLAStrategy(device=torch.device("xla", 0), precision_plugin=precision)
+    return {"accelerator": CPUClient(), "strategy": strategy}
 
 
 def sgd(parameters):
@@ -54,20 +67,68 @@ def capturable(parameters):
     return AdamW(parameters, lr=0.01, capturable=parameters[0].device.type == "xla")  # which torch refuses on the CPU
 
 
-def train(device: dict[str, Any], *callbacks: Any, optimizer=sgd, scales=SCALES, ckpt=None, options=None, **kwargs):
-    """A run: its clippers, and its weights on the CPU."""
-    autoclip, model = by_percentile(40, **{"window": 7, "verbose": False, **kwargs}), Net(optimizer)
+def scheduled(parameters, made=sgd):
+    optimizer = made(parameters)
+    schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step / 100))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Alternating(Net):
+    """Manual optimization: the two layers have an optimizer each, of which the second steps at each second batch."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.automatic_optimization, self.classes = False, classes
+
+    training_step = OneBackward.training_step
+    configure_optimizers = OneBackward.configure_optimizers
+
+
+class InBFloat16(Net):
+    """Weights, gradients and what the optimizer keeps are of bfloat16."""
+
+    def __init__(self, optimizer=None):
+        super().__init__(optimizer)
+        self.to(torch.bfloat16)
+
+    def loss(self, batch):
+        x, y, scale = batch
+        return super().loss((x.to(torch.bfloat16), y, scale))
+
+
+class Mixed(Net):
+    """What `precision="bf16-mixed"`, which Lightning does not offer on XLA, does elsewhere."""
+
+    def loss(self, batch):
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return super().loss(batch)
+
+
+class Run(NamedTuple):
+    """What is left of a run: its clippers, its weights on the CPU, and how many of its steps were far too large."""
+
+    clippers: list[GradientClipper]
+    weights: torch.Tensor
+    left_out: int
+
+
+def train(
+    device: dict[str, Any], *callbacks: Any, net=Net, optimizer=sgd, scales=SCALES, ckpt=None, options=None, **kwargs
+) -> Run:
+    autoclip, model = by_percentile(40, **{"window": 7, "verbose": False, **kwargs}), net(optimizer)
     rows = DataLoader(dataset(len(scales), scales=scales), 4)
     run = trainer(autoclip, *callbacks, **{"log_every_n_steps": 50, **device, **(options or {})})
     run.fit(model, rows, ckpt_path=ckpt)
-    return autoclip.clippers, weights(model).cpu()
+    left_out = sum(section.figures.left_out for section in autoclip.report().sections)
+    return Run(autoclip.clippers, weights(model).cpu(), left_out)
 
 
-def assert_alike(first: Any, second: Any, tolerance: float = 2e-6) -> None:
-    for one, other in zip(first[0], second[0], strict=True):
+def assert_alike(first: Run, second: Run, tolerance: float = 2e-6) -> None:
+    for one, other in zip(first.clippers, second.clippers, strict=True):
         torch.testing.assert_close(one.history.recorded, other.history.recorded, rtol=tolerance, atol=tolerance)
         assert (one.steps, one.nonfinite_total) == (other.steps, other.nonfinite_total)
-    torch.testing.assert_close(first[1], second[1], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(first.weights, second.weights, rtol=tolerance, atol=tolerance)
+    assert first.left_out == second.left_out
 
 
 class Counts(Callback):
@@ -83,7 +144,7 @@ class Counts(Callback):
             seen.append((metrics.metric_data(name) or (0,))[0])
 
 
-ROUNDED = {"AdamW": 1e-5, "AdamW on the device": 1e-5}  # which divides by what may be small
+ROUNDED = dict.fromkeys(("AdamW", "AdamW on the device", "two optimizers"), 1e-5)  # Adam divides by what may be small
 RUNS: dict[str, dict[str, Any]] = {
     "by norm": {},
     "by value": {"gradient_clip_algorithm": "value"},
@@ -96,6 +157,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "groups": {"groups": {"first": "net.0.*"}, "max_update_ratio": "auto"},
     "accumulated": {"options": {"accumulate_grad_batches": 2}},
     "warm-up": {"warmup_steps": 5, "max_threshold": 2.0},
+    "a bound that is met": {"max_update_ratio": 0.003},
+    "a rate that changes": {"optimizer": scheduled, "max_update_ratio": 0.003},
+    "two optimizers": {"net": Alternating, "optimizer": (sgd, capturable)},
 }
 
 
@@ -108,8 +172,76 @@ def test_a_run_takes_the_steps_of_the_cpu(name):
 def test_a_step_that_is_not_finite_changes_nothing(name):
     spoiled = train(on_xla(), scales=SPOILED, **RUNS[name])
     assert_alike(spoiled, train({}, scales=SPOILED, **RUNS[name]), ROUNDED.get(name, 2e-6))
-    assert spoiled[0][0].nonfinite_total == 1
-    assert spoiled[1].isfinite().all()
+    assert spoiled.clippers[0].nonfinite_total == 1
+    assert spoiled.weights.isfinite().all()
+
+
+TAKEN_BACK = ["by norm", "no momentum", "AdamW on the device"]
+
+
+@pytest.mark.parametrize("name", [*TAKEN_BACK, "by value, bound", "AdamW"])
+def test_a_step_far_above_the_typical_norm_changes_nothing(name):
+    large = train(on_xla(), scales=FAR[:200], skip_above=8, **RUNS[name])
+    assert_alike(large, train({}, scales=FAR[:200], skip_above=8, **RUNS[name]), ROUNDED.get(name, 2e-6))
+    assert large.left_out == 2
+
+
+BFLOAT16: dict[str, dict[str, Any]] = {
+    "by norm": {"net": InBFloat16},
+    "by value": {"net": InBFloat16, "gradient_clip_algorithm": "value"},
+    "bound": {"net": InBFloat16, "max_update_ratio": 0.003, "optimizer": plain_sgd},
+    "AdamW on the device": {"net": InBFloat16, "optimizer": capturable},
+    "mixed": {"net": Mixed},
+}
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_a_run_in_bfloat16_takes_the_steps_of_the_cpu(name):
+    run = train(on_xla(), scales=SPOILED, **BFLOAT16[name])
+    assert_alike(run, train({}, scales=SPOILED, **BFLOAT16[name]), 0.03)  # both round at each operation, not alike
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_of_bfloat16_are_measured_in_float32_and_clipped_to_the_last_bit_but_one(algorithm):
+    kept = []
+    for device in (torch.device("cpu"), torch_xla.device()):
+        draw = torch.Generator().manual_seed(0)
+        weight = nn.Parameter(torch.ones(300, 7, device=device, dtype=torch.bfloat16))
+        clipper = GradientClipper(Percentile(40), gradient_clip_algorithm=algorithm)
+        gradients = []
+        for step in range(10):
+            weight.grad = (torch.randn(300, 7, generator=draw) * (1 + step % 3)).to(device, torch.bfloat16)
+            clipper.clip_(SGD([weight], lr=0.1) if step == 0 else [weight])
+            gradients.append(weight.grad.cpu())
+        kept.append((clipper.history.recorded, torch.stack(gradients)))
+    torch.testing.assert_close(kept[1][0], kept[0][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(kept[1][1], kept[0][1], rtol=2**-8, atol=0)
+
+
+def train_in_true_bfloat16(runs):
+    """In a process of its own, whose client reads once whether a float32 is of bfloat16: what is left of each run."""
+    return [left_of(train(on_xla(XLAPrecision("bf16-true")), **options)) for options in runs]
+
+
+def left_of(run):
+    (clipper,) = run.clippers
+    return clipper.history.recorded, run.weights.float(), clipper.steps, clipper.nonfinite_total
+
+
+def test_true_bfloat16_is_that_of_the_cpu_and_counts_beyond_256():
+    runs = [
+        {"scales": SPOILED},
+        {"gradient_clip_algorithm": "value", "max_update_ratio": 0.003},
+        {"optimizer": plain_sgd, "scales": [math.nan] * 1080 + SCALES},
+    ]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        found = process.submit(train_in_true_bfloat16, runs).result(timeout=300)
+    for one, options in zip(found, runs, strict=True):
+        other = left_of(train({}, options={"precision": "bf16-true"}, **options))
+        assert one[2:] == other[2:]
+        torch.testing.assert_close(one[:2], other[:2], rtol=0.03, atol=0.03)
+    assert torch.equal(found[0][0], found[0][0].bfloat16().float())  # or it has trained in float32
+    assert found[2][3] == 270
 
 
 def test_raise_stops_at_the_step_and_names_the_parameters():
@@ -132,9 +264,32 @@ def test_a_warm_run_compiles_nothing_and_reads_nothing_but_its_rows(name, nonfin
     assert counts.read[155] - counts.read[105] == PER_ROW
 
 
-def test_an_optimizer_that_counts_its_steps_on_the_host_costs_one_read_per_step():
+STEADY: dict[str, dict[str, Any]] = {
+    **{f"far above, {name}": {**RUNS[name], "scales": FAR, "skip_above": 8} for name in TAKEN_BACK},
+    "a bound that is met": RUNS["a bound that is met"],
+    "a rate that changes": RUNS["a rate that changes"],
+    "a rate of AdamW that changes": {"optimizer": partial(scheduled, made=capturable)},
+    "two optimizers": RUNS["two optimizers"],
+    "accumulated": {"options": {"accumulate_grad_batches": 2}},
+    "bfloat16": BFLOAT16["bound"],
+    "mixed": BFLOAT16["mixed"],
+}
+
+
+@pytest.mark.parametrize("name", STEADY)
+def test_a_warm_run_without_rows_compiles_nothing_and_reads_nothing(name):
+    counts, options = Counts(), {"scales": SCALES[:4] * 120, **STEADY[name]}
+    options["options"] = {"log_every_n_steps": 1000, **options.get("options", {})}
+    run = train(on_xla(), counts, **options)
+    assert (counts.compiled[60], counts.read[60]) == (counts.compiled[-2], counts.read[-2])
+    assert run.left_out == 3 * ("far" in name)
+
+
+@pytest.mark.parametrize("more", [{}, {"scales": FAR, "skip_above": 8}], ids=["", "far above"])
+def test_an_optimizer_that_counts_its_steps_on_the_host_costs_one_read_per_step(more):
     counts = Counts()
-    train(on_xla(), counts, scales=SCALES[:4] * 120, options={"log_every_n_steps": 1000}, **RUNS["AdamW"])
+    options = {"scales": SCALES[:4] * 120, "options": {"log_every_n_steps": 1000}, **RUNS["AdamW"], **more}
+    train(on_xla(), counts, **options)
     assert counts.read[100] - counts.read[50] == 50
     assert counts.compiled[50] == counts.compiled[100]
 
@@ -189,12 +344,13 @@ def test_rows_are_those_of_the_cpu():
 def test_a_resumed_run_takes_the_same_steps_as_an_uninterrupted_one(second, tmp_path):
     kept = ModelCheckpoint(tmp_path, "half", every_n_epochs=1, save_top_k=-1, enable_version_counter=False)
     half = {"max_epochs": 1, "enable_checkpointing": True}
-    options = {"max_update_ratio": "auto", "scales": SPOILED}
+    options = {"max_update_ratio": "auto", "skip_above": 3, "scales": SPOILED}
     train(on_xla(), kept, options=half, **options)
     whole = train(on_xla(), options={"max_epochs": 2}, **options)
     device = on_xla() if second == "xla" else {}
     resumed = train(device, options={"max_epochs": 2}, ckpt=tmp_path / "half.ckpt", **options)
-    assert resumed[0][0].steps == 42
+    assert resumed.clippers[0].steps == 42
+    assert whole.left_out > 0
     assert_alike(resumed, whole)
 
 
@@ -205,9 +361,8 @@ class Scaled(XLAPrecision):
 
 
 def test_a_loss_scaler_is_refused():
-    strategy = SingleDeviceXLAStrategy(device=torch.device("xla", 0), precision_plugin=Scaled())
     with pytest.raises(MisconfigurationException, match=r"does not support the loss scaler of `Scaled`.*bf16-true"):
-        train({"accelerator": CPUClient(), "strategy": strategy})
+        train(on_xla(Scaled()))
 
 
 def test_shards_of_xla_are_refused():
@@ -243,3 +398,15 @@ def test_two_devices_take_the_steps_of_one_process(name, two_devices, tmp_path):
     for key, expected in one.items():
         assert torch.equal(first[key], second[key])
         torch.testing.assert_close(first[key], expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.distributed
+def test_a_resumed_run_on_two_devices_equals_one_that_was_not_stopped(two_devices):
+    for rank in (0, 1):
+        whole, resumed = (
+            torch.load(two_devices / name / "ranks" / f"{rank}.pt") for name in ("norm, bound", "resumed")
+        )
+        assert len(resumed.pop("own")) == len(whole.pop("own")) / 2
+        assert resumed.pop("counts") == whole.pop("counts") == (20, 0)
+        for key, expected in whole.items():
+            assert torch.equal(resumed[key], expected)

@@ -30,7 +30,9 @@ import torch_xla.core.xla_model as xm
 from helpers import FACTORS, ONE_NAN, Batches, Net, by_percentile, trainer, weights
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import XLAAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import XLAStrategy
+from models import Manual
 from torch.optim import SGD, Optimizer
 from torch_xla import runtime
 from torch_xla.debug import metrics
@@ -44,6 +46,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "norm, bound": {"max_update_ratio": "auto"},
     "value, bound": {"gradient_clip_algorithm": "value", "max_update_ratio": "auto"},
     "a NaN on one rank": {"factors": ONE_NAN},
+    "manual optimization": {"net": Manual},
+    "resumed": {"max_update_ratio": "auto", "is_resumed": True},
 }
 
 
@@ -146,17 +150,26 @@ def sgd(parameters: Any) -> SGD:
 
 
 def fit(folder: Path, name: str, on_xla: bool = True) -> None:
-    """Two epochs of ten batches, on two devices or on the CPU."""
+    """Two epochs of ten batches, on two devices or on the CPU; maybe the second one from a checkpoint of the first."""
     folder.mkdir(parents=True)
-    options = dict(RUNS[name])
-    batches = Batches(options.pop("factors", FACTORS))
-    autoclip = by_percentile(40, window=7, verbose=False, **options)
-    device: dict[str, Any] = {}
+    options = {"factors": FACTORS, "net": Net, "is_resumed": False, **RUNS[name]}
+    saved = folder / "first.ckpt"
+    is_resumed = options.pop("is_resumed")
+    if is_resumed:
+        _fit(dict(options), on_xla, ModelCheckpoint(folder, saved.stem, every_n_epochs=1), max_epochs=1)
+    _fit(options, on_xla, Keeps(folder), saved if is_resumed else None, max_epochs=2)
+
+
+def _fit(options: dict[str, Any], on_xla: bool, last: Callback, ckpt_path: Path | None = None, **kwargs: Any) -> None:
+    batches, net = Batches(options.pop("factors")), options.pop("net")
+    first: list[Callback] = []
     if on_xla:
-        device = {"accelerator": CPUClient(), "devices": 2, "strategy": TwoDevices()}
-    callbacks = [ReducesFirst(), autoclip, Keeps(folder)] if on_xla else [autoclip, Keeps(folder)]
-    run = trainer(*callbacks, max_epochs=2, log_every_n_steps=50, use_distributed_sampler=False, **device)
-    run.fit(Net(sgd), datamodule=batches)
+        first.append(ReducesFirst())
+        kwargs |= {"accelerator": CPUClient(), "devices": 2, "strategy": TwoDevices()}
+    kwargs |= {"log_every_n_steps": 50, "use_distributed_sampler": False}
+    autoclip = by_percentile(40, window=7, verbose=False, **options)
+    run = trainer(*first, autoclip, last, enable_checkpointing=isinstance(last, ModelCheckpoint), **kwargs)
+    run.fit(net(sgd), datamodule=batches, ckpt_path=ckpt_path)
 
 
 def main(folder: Path) -> None:

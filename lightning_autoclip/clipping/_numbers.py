@@ -79,6 +79,17 @@ def flag(condition: Tensor, yes: float = 1.0, no: float = 0.0) -> Tensor:
     return torch.where(condition, constant(yes, condition.device), constant(no, condition.device))
 
 
+def count_unless(condition: Tensor, so_far: Number) -> Tensor:
+    """One more than so far unless a condition is true: shape ``()``, on the condition's device.
+
+    Float32, as all that is recorded; int64 where graphs are compiled, since XLA makes bfloat16 of all float32 under
+    ``precision="bf16-true"``, in which 256 + 1 is 256.
+    """
+    if compiles_graphs(condition.device):
+        return condition.logical_not() + (so_far if isinstance(so_far, Tensor) else int(so_far))
+    return flag(condition, 0.0, 1.0) + so_far
+
+
 def negation(condition: bool | Tensor) -> bool | Tensor:
     """The contrary, in the same form."""
     return condition.logical_not() if isinstance(condition, Tensor) else not condition

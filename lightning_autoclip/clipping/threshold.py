@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_autoclip._checks import check_choice, check_integer, check_positive
 from lightning_autoclip._text import shown
-from lightning_autoclip.clipping._numbers import Number, compiles_graphs, constant, flag, single, smaller
+from lightning_autoclip.clipping._numbers import Number, compiles_graphs, constant, count_unless, single, smaller
 from lightning_autoclip.clipping.bound import StepBound
 from lightning_autoclip.clipping.outliers import Outliers
 from lightning_autoclip.clipping.policies import Policy, threshold_of, threshold_on_device
@@ -77,7 +77,7 @@ class Threshold:
         # would pull a percentile to zero and stop the training for good.
         if isinstance(is_finite, Tensor) and isinstance(statistic, Tensor):
             device = statistic.device
-            self._nonfinite = flag(is_finite, 0.0, 1.0) + self._nonfinite
+            self._nonfinite = count_unless(is_finite, self._nonfinite)
             self.history.record(statistic, torch.logical_and(is_finite, statistic))
             limit_there = constant(self.max_threshold, device)
             limit_there = smaller(limit_there, most) if isinstance(most, Tensor) else limit_there
@@ -117,7 +117,8 @@ class Threshold:
     @property
     def nonfinite_so_far(self) -> Number:
         """Likewise :attr:`nonfinite_total`, where the numbers of a step are."""
-        return self._nonfinite
+        so_far = self._nonfinite
+        return so_far.to(torch.float32) if isinstance(so_far, Tensor) else so_far
 
     @property
     def nonfinite_total(self) -> int:
