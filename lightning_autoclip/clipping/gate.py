@@ -120,12 +120,16 @@ class StepGate:
 
     def _take(self, optimizer: Any) -> None:
         if self._leaves_out:
-            self._leaves_out = False
-            self._note_zero_grad(optimizer, True)
-            for parameter in (each for group in optimizer.param_groups for each in group["params"]):
-                if parameter.grad is not None:
-                    self._taken.append((parameter, parameter.grad))
-                    parameter.grad = None
+            self._take_away(optimizer)
+
+    @torch.compiler.disable  # within a compiled step; what this does dynamo does not know before torch 2.13
+    def _take_away(self, optimizer: Any) -> None:
+        self._leaves_out = False
+        self._note_zero_grad(optimizer, True)
+        for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+            if parameter.grad is not None:
+                self._taken.append((parameter, parameter.grad))
+                parameter.grad = None
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget_found_inf(optimizer)
@@ -137,6 +141,13 @@ class StepGate:
             self._undo = None
         self.passed_by += not self._is_expected
         self.computed, self._depth, self._is_expected = 0, 0, False
+        if self._taken or self._notes_zero_grad:
+            self._give_back(optimizer)
+        else:
+            self._given_back = []
+
+    @torch.compiler.disable
+    def _give_back(self, optimizer: Any) -> None:
         given_back = [] if self._was_zeroed else [each for each in self._taken if each[0].grad is None]
         for parameter, gradient in given_back:
             parameter.grad = gradient
