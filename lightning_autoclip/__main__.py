@@ -50,7 +50,7 @@ def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
     report = run.report()
     print(json.dumps(report.to_dict(), indent=1) if as_json else f"{printable(run.source)}\n{report}")
     if not any(trace.names for trace in run.traces.values()):
-        print("Layers and batches are known from checkpoints only: these are logged rows.", file=sys.stderr)
+        print("These are logged rows: norms are their means. Checkpoints know layers and batches too.", file=sys.stderr)
     try:
         figure = run.plot()
     except ImportError:

@@ -261,3 +261,39 @@ def test_a_few_bytes_do_not_take_gigabytes(capsys):
     finally:
         tracemalloc.stop()  # it slows everything that follows
     assert "a tensor of shape (1000000000000,) has 1 numbers" in capsys.readouterr().err
+
+
+def shared_lists(record: dict[str, Any]) -> None:
+    doubled: Any = []
+    for _ in range(64):  # 2**64 entries in as many lists
+        doubled = [doubled, doubled]
+    record["values"] = doubled
+
+
+def many_views(record: dict[str, Any]) -> None:
+    whole = torch.zeros(100_000)
+    record["values"] = [whole[:] for _ in range(2000)]  # 800 MB of 400 kB
+
+
+@pytest.mark.parametrize("put", [shared_lists, many_views])
+def test_what_is_shared_is_read_once_or_refused(put, capsys):
+    saved(None)
+    checkpoint = torch.load("foreign.ckpt", weights_only=False)
+    put(checkpoint["callbacks"]["GradientClipping"]["scopes"]["autoclip/"]["clipper"]["history"])
+    torch.save(checkpoint, "bad.ckpt")
+    tracemalloc.start()
+    try:
+        assert main(["report", "bad.ckpt"]) == 1
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_compressed_archive_is_refused(capsys):
+    saved(None)
+    with zipfile.ZipFile("foreign.ckpt") as old, zipfile.ZipFile("bad.ckpt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert main(["report", "bad.ckpt"]) == 1
+    assert "is compressed" in capsys.readouterr().err

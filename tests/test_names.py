@@ -171,6 +171,37 @@ def test_what_cannot_be_the_plot_is_refused_and_nothing_is_written(name, why, ca
     assert sorted(path.name for path in Path().iterdir()) == ["folder", "metrics.csv"]
 
 
+def test_a_folder_above_the_runs_names_them(capsys):
+    for version in range(7):
+        Path(f"logs/version_{version}").mkdir(parents=True)
+        Path(f"logs/version_{version}/metrics.csv").write_text(rows(1.0, 2.0))
+    assert main(["report", "logs"]) == 1
+    told = capsys.readouterr().err
+    assert re.search(r"There are runs below it: name one of \S*logs/version_", told)
+    assert told.count("version_") == 5
+    Path("empty").mkdir()
+    assert main(["report", "empty"]) == 1
+    assert "below it" not in capsys.readouterr().err
+
+
+def test_of_rows_the_first_step_that_was_not_finite_is_told_to_the_row(capsys):
+    lines = rows(*[1.0] * 12).splitlines()
+    lines[4:] = [line.removesuffix(",0") + ",2" for line in lines[4:]]
+    Path("metrics.csv").write_text("\n".join(lines))
+    assert main(["report", "metrics.csv"]) == 0
+    found = " ".join(capsys.readouterr().out.split())
+    assert "2 of 120 steps had a NaN or an infinity in their gradient, the first of them in steps 30 to 39." in found
+
+
+@pytest.mark.parametrize(
+    ("batches", "told"), [(3, "typical norm 1, threshold"), (120, "1 in the first tenth, 1 in the")]
+)
+def test_a_report_of_few_steps_speaks_of_no_tenths(batches, told, capsys):
+    Path("metrics.csv").write_text(rows(*[1.0] * batches))
+    assert main(["report", "metrics.csv"]) == 0
+    assert told in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("text", "cell"), [("=1", "'=1"), ("+1", "'+1"), ("-1", "'-1"), ("@x", "'@x"), ("a=1", "a=1"), ("\t=1", r"\t=1")]
 )

@@ -52,7 +52,7 @@ METRICS = [
         ["clip_coef_mean", "clip_coef_min"],
         ["bounded_fraction"],
         ["update_ratio"],
-        ["nonfinite_total"],
+        ["nonfinite_total", "skipped_total"],
     ),
 ]
 
@@ -83,7 +83,7 @@ def logged(name: str) -> list[str]:
     """The keys that the rows of an optimizer hold."""
     trace = Trace()
     trace.follow(["net.0.weight", "net.2.weight"], [32, 8])
-    recorder = Recorder(f"autoclip/{name}", by_value=True, layer_depth=2, trace=trace)
+    recorder = Recorder(f"autoclip/{name}", by_value=True, layer_depth=2, trace=trace, skips=True)
     recorder.max_update_ratio = 0.25
     return recorder.keys
 

@@ -122,7 +122,8 @@ class StepGate:
         if self._leaves_out:
             self._take_away(optimizer)
 
-    @torch.compiler.disable  # within a compiled step; what this does dynamo does not know before torch 2.13
+    # Within a compiled step. What this does dynamo does not know before torch 2.13.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _take_away(self, optimizer: Any) -> None:
         self._leaves_out = False
         self._note_zero_grad(optimizer, True)
@@ -146,7 +147,7 @@ class StepGate:
         else:
             self._given_back = []
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _give_back(self, optimizer: Any) -> None:
         given_back = [] if self._was_zeroed else [each for each in self._taken if each[0].grad is None]
         for parameter, gradient in given_back:

@@ -52,7 +52,7 @@ class _StoredTensor(_Inert):
 
     def read(self, archive: zipfile.ZipFile, folder: str) -> Tensor:
         (_, storage_type, key, *_), offset, size, stride, *_ = self.arguments
-        data, dtype = archive.read(f"{folder}data/{key}"), _DTYPES[storage_type.__name__]
+        data, dtype = _stored(archive, f"{folder}data/{key}"), _DTYPES[storage_type.__name__]
         stored = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype, device="cpu")
         if math.prod(size) > stored.numel():
             raise ValueError(f"a tensor of shape {size} has {stored.numel()} numbers")
@@ -103,25 +103,49 @@ def read_part(path: Path, choose: Callable[[Any], Any]) -> Any:
     with archive:
         try:
             folder = next(name for name in archive.namelist() if name.endswith("data.pkl")).removesuffix("data.pkl")
-            content = _Unpickler(io.BytesIO(archive.read(f"{folder}data.pkl"))).load()
+            content = _Unpickler(io.BytesIO(_stored(archive, f"{folder}data.pkl"))).load()
         except Exception as error:  # whatever a damaged pickle leads to
             raise ValueError(f"Expected {path} to be a checkpoint, but it is damaged: {error!r}.") from error
         part = choose(content)
         try:
-            return _plain(part, archive, folder)
+            return _Reader(archive, folder).plain(part)
         except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} is damaged: {error}.") from error
 
 
-def _plain(value: Any, archive: zipfile.ZipFile, folder: str) -> Any:
-    """The value with its tensors."""
-    if isinstance(value, dict):
-        return {_plain(key, archive, folder): _plain(entry, archive, folder) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(entry, archive, folder) for entry in value)
-    if isinstance(value, _StoredTensor):
-        return value.read(archive, folder)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    kind = value if isinstance(value, type) else type(value)
-    raise ValueError(f"an entry of this library holds a `{kind.__module__}.{kind.__qualname__}`")
+def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    """What the archive holds under a name, in as many bytes as it takes there."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:  # a few bytes could become any number of them
+        raise ValueError(f"{name} is compressed, which `torch.save` never does")
+    return archive.read(name)
+
+
+class _Reader:
+    """Reads the tensors of a part. What stands in several places is read once: each could double what is below it."""
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str) -> None:
+        self._archive, self._folder = archive, folder
+        self._read: dict[int, Any] = {}
+        self._most = 4 * sum(each.file_size for each in archive.infolist())  # bytes; views may share their numbers
+
+    def plain(self, value: Any) -> Any:
+        """The value with its tensors."""
+        if id(value) not in self._read:
+            self._read[id(value)] = self._plain(value)
+        return self._read[id(value)]
+
+    def _plain(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {self.plain(key): self.plain(entry) for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.plain(entry) for entry in value)
+        if isinstance(value, _StoredTensor):
+            tensor = value.read(self._archive, self._folder)
+            self._most -= tensor.nbytes
+            if self._most < 0:
+                raise ValueError("its tensors are many times what it holds of them")
+            return tensor
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        kind = value if isinstance(value, type) else type(value)
+        raise ValueError(f"an entry of this library holds a `{kind.__module__}.{kind.__qualname__}`")

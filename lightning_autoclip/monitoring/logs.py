@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ CONFIG_KEY = "lightning_autoclip"  # of the callback's settings among a run's hy
 _STEP = "trainer/global_step"  # of W&B's rows
 _TIME_LIMIT = 600.0  # seconds for W&B's client to read a run
 _EVENTS = "events.out.tfevents.*"
+_FILES = ("metrics.csv", _EVENTS, "*.wandb")
+_MOST_NAMED = 5  # runs in a folder
 _SafeLoader: Any = type("_SafeLoader", (yaml.SafeLoader,), {})
 _SafeLoader.add_multi_constructor("", lambda loader, tag, node: None)  # objects of the user's are nothing to us
 Row = dict[str, float]
@@ -140,9 +143,11 @@ def _directories_of_run(path: Path) -> list[Path]:
     """A run that was resumed has a directory for each time, oldest first."""
     found = sorted({file.name for file in [*path.glob("*.wandb")] or path.glob("*run-*/*.wandb")})
     if not found:
+        below = {file.parent for kind in _FILES for file in islice(path.rglob(kind), _MOST_NAMED)}
+        named = ", ".join(sorted(str(folder) for folder in below)[:_MOST_NAMED])
         raise ValueError(
             f"Expected {path} to hold the `.wandb` file of an offline run (as wandb/latest-run), a `metrics.csv` or"
-            " the events of a TensorBoard run."
+            " the events of a TensorBoard run" + (f". There are runs below it: name one of {named}." if named else ".")
         )
     if len(found) > 1:
         runs = ", ".join(name.removeprefix("run-").removesuffix(".wandb") for name in found)

@@ -76,11 +76,12 @@ def _draw_norms(axes: Axes, trace: Trace, by_value: bool) -> None:
 def _draw_clipping(axes: Axes, trace: Trace) -> None:
     bins = [steps for steps in trace.bins if steps.measured]
     middles = [(steps.first + steps.last) / 2 for steps in bins]
-    axes.plot(middles, [steps.clip_coef_mean for steps in bins], ".", ms=2, color=_CLIPPED)
+    axes.plot(middles, [steps.clip_coef_mean for steps in bins], ".", ms=2, color=_CLIPPED, clip_on=False)
     bad = [steps for steps in trace.bins if steps.nonfinite]
     if bad:
         label = f"not finite ({sum(steps.nonfinite for steps in bad):.0f})"  # a bin may have several
-        axes.plot([steps.last for steps in bad], [0.0] * len(bad), "x", ms=6, color=_BAD, label=label, clip_on=False)
+        at = [(steps.first + steps.last) / 2 for steps in bad]
+        axes.plot(at, [0.0] * len(bad), "x", ms=6, color=_BAD, label=label, clip_on=False)
         axes.legend(fontsize=8, loc="lower right", framealpha=0.9)
     axes.set(ylim=(0, 1.05), ylabel="factor on\nthe step")
     axes.grid(alpha=0.2)

@@ -126,13 +126,23 @@ def _lines(section: Section) -> Iterator[str]:
         else (f", {figures.clipped_fraction:.1%} clipped{expected}, mean factor {figures.clip_coef_mean:.2g}")
     )
     text = (
-        f"{section.name}: {figures.steps:,} steps{clipped}; typical {section.measure} {figures.norm_first:.3g} in the"
-        " first tenth,"
-        f" {figures.norm_last:.3g} in the last, threshold {figures.threshold:.3g}{_bound(section)}{_left_out(figures)}."
+        f"{section.name}: {figures.steps:,} steps{clipped}; typical {section.measure} {_course(figures)}, threshold"
+        f" {figures.threshold:.3g}{_bound(section)}{_left_out(figures)}."
     )
     text = printable(text + ("" if section.verdicts else f" {_nothing(figures)}."))
     yield fill(text, _WIDTH, subsequent_indent="  ")
     yield from (fill(printable(f"  - {each}"), _WIDTH, subsequent_indent="    ") for each in section.verdicts)
+
+
+def _course(figures: Figures) -> str:
+    """How the norm went: of few steps, a tenth is one or two of them."""
+    if figures.steps < LEAST_STEPS:
+        return _known(figures.norm_typical)
+    return f"{_known(figures.norm_first)} in the first tenth, {_known(figures.norm_last)} in the last"
+
+
+def _known(norm: float) -> str:
+    return "not known" if math.isnan(norm) else f"{norm:.3g}"
 
 
 def _left_out(figures: Figures) -> str:

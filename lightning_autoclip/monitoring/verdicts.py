@@ -156,7 +156,10 @@ def verdicts_of(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Ve
 def _of_nonfinite(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
     if figures.nonfinite > (max(20, OVERFLOWS * figures.steps) if has_scaler else 0):
         first = named = beyond = ""
-        if trace.nonfinite:  # logged rows only count them
+        if not trace.nonfinite:  # logged rows only count them
+            row = next(steps for steps in trace.bins if steps.nonfinite)
+            first = f", the first of them in steps {row.first:.0f} to {row.last:.0f}"
+        else:
             named = ", ".join(name for name, _ in trace.nonfinite[0].parameters)
             named = "other groups" if math.isfinite(trace.nonfinite[0].point.norm) else named
             first = f", first at {where(trace.nonfinite[0].point)}"

@@ -22,7 +22,7 @@ _PANELS: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("Factor on the gradient", ("clip_coef_mean", "clip_coef_min"), {"range_y": (0.0, 1.0)}),
     ("Steps bounded by the weights, with SGD", ("bounded_fraction",), {"range_y": (0.0, 1.0)}),
     ("Update of the weights before clipping, with SGD", ("update_ratio",), {"log_y": True}),
-    ("Non-finite steps so far", ("nonfinite_total",), {}),
+    ("Steps so far that were not finite, or left out for their size", ("nonfinite_total", "skipped_total"), {}),
 ]
 _OF_LAYERS: list[tuple[str, dict[str, Any]]] = [
     ("Share of each layer in the squared norm", {"range_y": (0.0, 1.0)}),
