@@ -12,10 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_autoclip._checks import check_bool, check_number
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.monitoring import live, loggers
+from lightning_autoclip.monitoring.recorder import Row, joined
 from lightning_autoclip.monitoring.report import Report
 from lightning_autoclip.monitoring.verdicts import where
 from lightning_autoclip.scopes import Scopes
 from lightning_autoclip.settings import Settings
+from lightning_autoclip.steps import Scope
 from lightning_autoclip.strategies import parameter_names, trains_in_others
 
 _IDLE = 50  # batches without any step; fewer may well be accumulated by hand
@@ -87,17 +89,38 @@ class Telling:
     def flush(self, trainer: Trainer) -> None:
         """Send what is held to every logger."""
         told, parts = _loggers(trainer), []
-        self._define(trainer)
-        for scope in self._scopes:
-            parts.append((scope, *scope.recorder.flush()))
+
+        def rows_of(scope: Scope) -> list[Row]:
+            rows, points = scope.recorder.flush()
+            parts.append((scope, points))
             scope.clipper.measure_next()  # each row knows what clipping did
-        loggers.send(told, loggers.joined(rows for _, rows, _ in parts))
+            return rows
+
+        self._define(trainer)
+        self._send(told, rows_of)
         options = {"alert_nonfinite": not self._settings.has_scaler, **self._options}
-        for scope, _, points in parts:
+        for scope, points in parts:
             loggers.illustrate(told, scope.recorder.prefix, points, scope.trace, **options)
-        self._table.after_row(told, [(scope.trace, points) for scope, _, points in parts], self._scopes.spikes)
+        self._table.after_row(told, [(scope.trace, points) for scope, points in parts], self._scopes.spikes)
         if not self._has_told:
             self._warn_of_nonfinite()
+
+    def _send(self, told: list[Logger], rows_of: Callable[[Scope], list[Row]]) -> None:
+        """Log the rows of all scopes. Of what no logger has taken, the steps wait for their row as before."""
+        waiting, taken = [scope.recorder.waiting() for scope in self._scopes], list[Logger]()
+        try:
+            loggers.send(told, joined([rows_of(scope) for scope in self._scopes]), taken)
+        except BaseException:
+            for put_back in () if taken else waiting:
+                put_back()
+            raise
+
+    def _try_to(self, do: Callable[[], None]) -> None:
+        """Log what no more than a warning may come of: at a checkpoint, or at the end of a fit."""
+        try:
+            do()
+        except Exception as error:  # the logger, the device or the disk may be what failed
+            rank_zero_warn(f"`{self._name}` could not log its last rows: {error}")
 
     def before_checkpoint(self, trainer: Trainer) -> None:
         """See to it that a resumed run neither repeats nor misses a row: what is held is part of the checkpoint.
@@ -106,9 +129,9 @@ class Telling:
         """
         self._define(trainer)
         if self._is_due(trainer) or _is_last(trainer):
-            self.flush(trainer)
+            self._try_to(lambda: self.flush(trainer))
         else:
-            loggers.send(_loggers(trainer), loggers.joined(scope.recorder.flush_steps() for scope in self._scopes))
+            self._try_to(lambda: self._send(_loggers(trainer), lambda scope: scope.recorder.flush_steps()))
 
     def _is_due(self, trainer: Trainer) -> bool:
         every = log_every(trainer) or _ROWS_WITHOUT_LOGGING
@@ -116,7 +139,7 @@ class Telling:
 
     def end(self, trainer: Trainer, report: Callable[[], Report]) -> None:
         """Log what is left and what it amounts to, print the report, warn of what went past."""
-        self.flush(trainer)
+        self._try_to(lambda: self.flush(trainer))
         self._warn_of_nonfinite()
         self._sum_up(trainer, report)
         if self._batches:
@@ -126,10 +149,7 @@ class Telling:
         """Likewise of a fit that ends with an exception, which is the one to be shown."""
         if not self._is_open:
             return  # it is not of a fit, or one that was told of
-        try:
-            self.flush(trainer)
-        except Exception as error:  # the device or the disk may be what failed
-            rank_zero_warn(f"`{self._name}` could not log its last rows: {error}")
+        self._try_to(lambda: self.flush(trainer))
         self._sum_up(trainer, report)
 
     def _sum_up(self, trainer: Trainer, report: Callable[[], Report]) -> None:

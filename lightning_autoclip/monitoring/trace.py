@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -74,6 +75,14 @@ class Trace:
         self._share_sums = torch.zeros(len(self.names), dtype=torch.float64, device="cpu")
         self._share_steps = 0
 
+    def copy(self) -> Trace:
+        """The same; what it takes in, the other one does not."""
+        other = copy.copy(self)
+        other.bins = [*self.bins[:-1], *map(replace, self.bins[-1:])]  # only the last one is written to
+        other.largest, other.nonfinite = [*self.largest], [*self.nonfinite]
+        other._share_sums = self._share_sums.clone()
+        return other
+
     def extend(self, points: Sequence[Point], squares: Tensor | None) -> None:
         """Take in some steps.
 
@@ -99,10 +108,8 @@ class Trace:
 
     def _halve(self) -> None:
         pairs = zip(self.bins[::2], [*self.bins[1::2], None], strict=False)
-        for kept, taken in pairs:
-            if taken is not None:
-                kept.merge(taken)
-        self.bins, self._width = self.bins[::2], 2 * self._width
+        self.bins = [kept if taken is None else Summary.merged((kept, taken)) for kept, taken in pairs]
+        self._width *= 2
 
     def _keep_if_large(self, point: Point, squares: Tensor | None) -> None:
         finite = point.finite
