@@ -217,6 +217,10 @@ class Overflowing(Resumable):
         return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 12 else 1.0)
 
 
+def with_scaler():
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0))
+
+
 class Before(Callback):
     """Stands before the clipping callback, and breaks the run off when a batch is through."""
 
@@ -225,7 +229,10 @@ class Before(Callback):
 
 
 def test_a_step_that_a_loss_scaler_left_out_counts_though_the_run_is_broken_off_after_it(tmp_path):
-    saved, plugin = OnExceptionCheckpoint(tmp_path), MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    saved, plugin = (
+        OnExceptionCheckpoint(tmp_path),
+        MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0)),
+    )
     model, callback = Overflowing(), AutoClip(30, window=7)
     model.optimizer = partial(torch.optim.SGD, lr=0.1)
     run = trainer(Before(13), callback, saved, enable_checkpointing=True, plugins=[plugin])
@@ -237,7 +244,10 @@ def test_a_step_that_a_loss_scaler_left_out_counts_though_the_run_is_broken_off_
 
 
 def test_a_step_with_a_loss_scaler_that_is_broken_off_does_not_count(tmp_path):
-    saved, plugin = OnExceptionCheckpoint(tmp_path), MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    saved, plugin = (
+        OnExceptionCheckpoint(tmp_path),
+        MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0)),
+    )
     model = Overflowing()
     model.optimizer = partial(torch.optim.SGD, lr=0.1)
     run = trainer(AutoClip(30, window=7), Later(raise_at(13)), saved, enable_checkpointing=True, plugins=[plugin])
