@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -149,8 +150,10 @@ class Telling:
         """Likewise of a fit that ends with an exception, which is the one to be shown."""
         if not self._is_open:
             return  # it is not of a fit, or one that was told of
-        self._try_to(lambda: self.flush(trainer))
-        self._sum_up(trainer, report)
+        with suppress(UserWarning):  # where warnings are errors
+            self._try_to(lambda: self.flush(trainer))
+        with suppress(UserWarning):
+            self._sum_up(trainer, report)
 
     def _sum_up(self, trainer: Trainer, report: Callable[[], Report]) -> None:
         quick = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector

@@ -9,6 +9,7 @@ import torch
 from helpers import Net, dataset, in_form, trainer, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
@@ -262,6 +263,16 @@ def test_the_step_that_raises_at_a_nan_is_told_of_and_not_saved(tmp_path):
         trainer(callback, saved, enable_checkpointing=True).fit(Overflowing(), DataLoader(range(STEPS)))
     assert saved_steps(saved.ckpt_path)[0][:2] == (12, 12)
     assert callback.spikes()[0]["step"] == 12
+
+
+def test_where_warnings_are_errors_the_one_of_the_fit_is_shown(tmp_path):
+    class Full(CSVLogger):
+        def log_metrics(self, metrics, step=None):
+            raise OSError("no space left on device")
+
+    run = trainer(AutoClip(30), Later(raise_at(4)), logger=Full(tmp_path))
+    with pytest.raises(StopError):
+        run.fit(Resumable(), DataLoader(range(STEPS)))  # the tests have errors of the callback's warnings
 
 
 def test_the_same_trainer_goes_on_with_the_steps_that_were_made(tmp_path):

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_autoclip.monitoring import wandb
-from lightning_autoclip.monitoring.logs import CONFIG_KEY, is_settings
+from lightning_autoclip.monitoring.logs import CONFIG_KEY, is_settings, replace_text
 from lightning_autoclip.monitoring.recorder import Row
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Trace
@@ -81,8 +81,7 @@ def _add_to_hparams_file(logger: Any, settings: dict[str, Any], step: int) -> No
     users = "" if text.strip() == "{}" else text
     if users.startswith("{"):
         raise ValueError(f"expected {path} to have lines `name: value`, but it begins with {users[:20]!r}")
-    with files.open(path, "w", encoding="utf-8") as file:
-        file.write(users + yaml.safe_dump({CONFIG_KEY: settings}, sort_keys=False))
+    replace_text(files, path, users + yaml.safe_dump({CONFIG_KEY: settings}, sort_keys=False))
 
 
 def _plain(value: Any) -> Any:
@@ -289,8 +288,7 @@ def _write(logger: Any, name: str, text: str) -> None:
     if directory := getattr(logger, "log_dir", None) or _directory_of_run(logger):
         files = get_filesystem(directory)  # which need not be the local one
         files.makedirs(directory, exist_ok=True)
-        with files.open(f"{directory}/{name}", "w") as file:
-            file.write(text)
+        replace_text(files, f"{directory}/{name}", text)
 
 
 def _is(logger: Logger, name: str) -> bool:
