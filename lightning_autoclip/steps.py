@@ -126,7 +126,8 @@ class OptimizerScopes:
         self._passed_before = self.gate.passed_by
 
     def end_batch(self) -> None:
-        """A batch is through."""
+        """A batch is through, and so are its steps, also those that no gate knows of and no Trainer counts."""
+        self._begun_at = -1
         self.passed_by += self.gate.passed_by - self._passed_before
         self._passed_before = self.gate.passed_by
 

@@ -77,10 +77,10 @@ class Telling:
     def after_batch(self, trainer: Trainer) -> None:
         """Log a row every ``log_every_n_steps``; warn in time of optimizers whose steps are not clipped."""
         every = log_every(trainer) or _ROWS_WITHOUT_LOGGING
-        if self._is_due(trainer):
-            self.flush(trainer)
         for known in self._scopes.optimizers:
             known.end_batch()
+        if self._is_due(trainer):
+            self.flush(trainer)
         self._batches += 1
         rows, rest = divmod(self._batches, every * trainer.accumulate_grad_batches)
         if not rest:
@@ -121,7 +121,7 @@ class Telling:
         try:
             do()
         except Exception as error:  # the logger, the device or the disk may be what failed
-            rank_zero_warn(f"`{self._name}` could not log its last rows: {error}")
+            rank_zero_warn(f"`{self._name}` could not log its last rows: {str(error) or repr(error)}")
 
     def before_checkpoint(self, trainer: Trainer) -> None:
         """See to it that a resumed run neither repeats nor misses a row: what is held is part of the checkpoint.
