@@ -11,7 +11,7 @@ import pytest
 from chaos.scenarios import SCENARIOS
 
 SHORT = {
-    "kill -9, CSV": {"kill_times": 2, "steps": 30},
+    "kill -9, CSV": {"kill_times": 1, "steps": 30},
     "kill -9, two ranks": {"kill_times": 1, "steps": 20},
     "Ctrl-C": {"times": 1},
     "SIGTERM": {"times": 1},
