@@ -1,4 +1,4 @@
-.PHONY: test lint types unit test-deepspeed test-xla test-oldest test-zoo test-packages demo bench study study-quick fuzz docs dist clean
+.PHONY: test lint types unit chaos test-deepspeed test-xla test-oldest test-zoo test-packages demo bench study study-quick fuzz docs dist clean
 .DEFAULT_GOAL := test
 
 PYTHON ?= python3
@@ -125,6 +125,10 @@ study-quick: $(READY) ## the same in two minutes, on five tasks
 
 fuzz: $(READY) ## 100,000 random histories against numpy
 	$(BIN)/python tests/fuzz_percentile.py
+
+MINUTES ?= 55
+chaos: $(READY) ## runs that are killed, disks that fill up and the like, until the minutes are over; SEED=7 begins with that one
+	$(BIN)/python tests/chaos/long.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 # The site has an environment of its own, without torch: the package is read, not imported.
 .venv-docs/ready: constraints.txt $(UV)

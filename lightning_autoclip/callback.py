@@ -15,6 +15,7 @@ from lightning_autoclip.clipping.clipper import GradientClipper
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.clipping.policies import Policy
 from lightning_autoclip.clipping.threshold import Algorithm, NonFinite
+from lightning_autoclip.fits import Fit
 from lightning_autoclip.groups import Groups
 from lightning_autoclip.monitoring.plot import plot_of
 from lightning_autoclip.monitoring.report import Report, report_of
@@ -105,9 +106,9 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             nonfinite=nonfinite,
         )
         self._scopes = Scopes(self._settings, log_every_step, log_layers)
-        name = type(self).__name__
-        self._telling = Telling(name, self._scopes, self._settings, verbose, log_histogram, alert_above)
+        self._telling = Telling(type(self).__name__, self._scopes, self._settings, verbose, log_histogram, alert_above)
         self._clipping: InPlace | ZeroEngine | None = None
+        self._fit = Fit()
         self._stage: str | None = None
         self._batch_idx: int | None = None
         self._backward_ran = False
@@ -148,10 +149,11 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         self._stage = stage
         if stage != "fit":
             return
+        is_anothers = self._fit.begin(trainer, name := type(self).__name__)
         algorithm = self._settings.arguments["gradient_clip_algorithm"]
-        check_trainer(trainer, pl_module, type(self).__name__, GradientClipping, algorithm)
-        self._scopes.leave()
-        if self._trained and trainer.global_step == 0:  # fitting on with the same Trainer keeps the record
+        check_trainer(trainer, pl_module, name, GradientClipping, algorithm)
+        self._scopes.leave(trainer.global_step)
+        if self._trained and (trainer.global_step == 0 or is_anothers):  # fitting on with the same Trainer keeps it
             self._scopes.forget()
             self._settings.several_policies = False
 
@@ -190,7 +192,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         if self._clipping is None or not self._clipping.is_at_a_step():
             return
         known = self._scopes.of(optimizer, trainer.optimizers)
-        known.announce(self._backward_ran)
+        known.announce(self._backward_ran, trainer.global_step)
         scaler = grad_scaler(trainer)
         if trainer.fit_loop._skip_backward:
             return  # StochasticWeightAveraging passes over the data once more: the gradients are stale
@@ -229,14 +231,16 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log what is left, and print the report, before the run ends."""
-        self._telling.break_off(trainer, self.report)
+        if self._fit.is_of(trainer):
+            self._telling.break_off(trainer, self.report)
 
     @in_a_loop
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what waits for its row in the checkpoint: a resumed run neither repeats nor misses a row."""
         self._telling.warn_if_trained_elsewhere(trainer)
         self._telling.before_checkpoint(trainer)
-        self._scopes.update_held(checkpoint.get("callbacks", {}).get(self.state_key, {}).get("scopes", {}))
+        saved = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("scopes", {})
+        self._scopes.update_held(saved, trainer.global_step)
         if self._clipping is not None:
             self._clipping.release()
 
@@ -259,7 +263,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             "settings": self.settings,
             "several_policies": self._settings.several_policies,
             "has_scaler": self._settings.has_scaler,
-            "scopes": self._scopes.state_dict(),
+            "scopes": self._scopes.state_dict(self._fit.global_step),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -294,7 +298,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         """Leave the stage that :meth:`setup` entered."""
         self._stage = None
         if stage == "fit":
-            self._scopes.leave()
+            self._scopes.leave(trainer.global_step)
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs the module's `log` on every callback, and with it the whole model.

@@ -59,9 +59,16 @@ class Scopes:
         """Start with empty records."""
         self._by_prefix, self.optimizers = {}, []
 
-    def leave(self) -> None:
-        """End a fit: its optimizers are not those of the next one."""
+    def leave(self, global_step: int) -> None:
+        """End a fit: its optimizers are not those of the next one, and a step that it broke off in was not made."""
+        for scope in map(self._by_prefix.__getitem__, self._within_a_step(global_step)):
+            scope.load_state_dict(scope.state_dict(before_step=True))
         self.optimizers = []
+
+    def _within_a_step(self, global_step: int) -> set[str]:
+        """The prefixes of the scopes whose optimizers are within a step."""
+        within = [known for known in self.optimizers if known.is_within_a_step(global_step)]
+        return {known.prefix + group for known in within for group in known.scopes}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "optimizers": []}  # of this process
@@ -161,14 +168,20 @@ class Scopes:
         """The latest row of each scope."""
         return {key: value for scope in self for key, value in scope.recorder.figures().items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """What happened so far, by prefix."""
-        return {prefix: scope.state_dict() for prefix, scope in self._by_prefix.items()}
+    def state_dict(self, global_step: int) -> dict[str, Any]:
+        """What happened so far, by prefix, up to the last step that was made: weights are saved as they are after it.
 
-    def update_held(self, state: dict[str, Any]) -> None:
+        Args:
+            global_step: How many steps the Trainer has counted.
+        """
+        within = self._within_a_step(global_step)
+        return {prefix: scope.state_dict(prefix in within) for prefix, scope in self._by_prefix.items()}
+
+    def update_held(self, state: dict[str, Any], global_step: int) -> None:
         """Bring up to date which steps wait for their row in what :meth:`state_dict` returned."""
+        within = self._within_a_step(global_step)
         for prefix, saved in state.items():
-            saved["held"] = self._by_prefix[prefix].recorder.state_dict()
+            saved["held"] = self._by_prefix[prefix].recorder.held_state(prefix in within)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, all of it or, at an error, nothing.

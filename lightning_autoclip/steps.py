@@ -43,10 +43,18 @@ class Scope:
         """What happened to them, for report and plot."""
         return self.recorder.trace
 
-    def state_dict(self) -> dict[str, Any]:
-        """What happened so far, on the host."""
-        held = self.recorder.state_dict()  # takes in what still is on the device
-        return {"clipper": self.clipper.state_dict(), "trace": self.trace.state_dict(), "held": held}
+    def begin_step(self) -> None:
+        """Say that a step begins, and that the one before it stays."""
+        self.clipper.begin_step()
+        self.recorder.begin_step()
+
+    def state_dict(self, before_step: bool = False) -> dict[str, Any]:
+        """What happened so far, on the host.
+
+        Args:
+            before_step: Leave out what has happened since :meth:`begin_step`.
+        """
+        return {"clipper": self.clipper.state_dict(before_step), **self.recorder.state_dict(before_step)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; what is damaged is a `ValueError`."""
@@ -85,6 +93,7 @@ class OptimizerScopes:
         self.first_batch: int | None = None
         self.announced = self.measured = self.passed_by = 0
         self.is_told_of = False
+        self._begun_at = -1
         self.follow(optimizer)
 
     def follow(self, optimizer: Any) -> None:
@@ -94,10 +103,23 @@ class OptimizerScopes:
         for scope in self.scopes.values():
             scope.clipper.release()
 
-    def announce(self, has_loss: bool) -> None:
+    def announce(self, has_loss: bool, global_step: int) -> None:
         """A step is coming; without a loss, nobody expects gradients."""
         self.announced += has_loss
+        for scope in self.scopes.values():
+            scope.begin_step()
+        self._begun_at = global_step
         self.gate.expect(self.optimizer)
+
+    def is_within_a_step(self, global_step: int) -> bool:
+        """Whether a step has been announced that was not made yet, or never will be.
+
+        A loss scaler may leave a step out for good, which the optimizer does not tell, but the Trainer counts.
+
+        Args:
+            global_step: How many steps the Trainer has counted.
+        """
+        return self.gate.is_expected and self._begun_at == global_step
 
     @property
     def computes_again(self) -> bool:
@@ -111,7 +133,8 @@ class OptimizerScopes:
         self._passed_before = self.gate.passed_by
 
     def end_batch(self) -> None:
-        """A batch is through."""
+        """A batch is through, and so are its steps, also those that no gate knows of and no Trainer counts."""
+        self._begun_at = -1
         self.passed_by += self.gate.passed_by - self._passed_before
         self._passed_before = self.gate.passed_by
 

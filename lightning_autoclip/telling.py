@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -13,10 +14,12 @@ from lightning_autoclip._checks import check_bool, check_number
 from lightning_autoclip._text import printable
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.monitoring import live, loggers
+from lightning_autoclip.monitoring.recorder import Row, joined
 from lightning_autoclip.monitoring.report import Report
 from lightning_autoclip.monitoring.verdicts import where
 from lightning_autoclip.scopes import Scopes
 from lightning_autoclip.settings import Settings
+from lightning_autoclip.steps import Scope
 from lightning_autoclip.strategies import parameter_names, trains_in_others
 
 _IDLE = 50  # batches without any step; fewer may well be accumulated by hand
@@ -75,10 +78,10 @@ class Telling:
     def after_batch(self, trainer: Trainer) -> None:
         """Log a row every ``log_every_n_steps``; warn in time of optimizers whose steps are not clipped."""
         every = log_every(trainer) or _ROWS_WITHOUT_LOGGING
-        if self._is_due(trainer):
-            self.flush(trainer)
         for known in self._scopes.optimizers:
             known.end_batch()
+        if self._is_due(trainer):
+            self.flush(trainer)
         self._batches += 1
         rows, rest = divmod(self._batches, every * trainer.accumulate_grad_batches)
         if not rest:
@@ -88,17 +91,38 @@ class Telling:
     def flush(self, trainer: Trainer) -> None:
         """Send what is held to every logger."""
         told, parts = _loggers(trainer), []
-        self._define(trainer)
-        for scope in self._scopes:
-            parts.append((scope, *scope.recorder.flush()))
+
+        def rows_of(scope: Scope) -> list[Row]:
+            rows, points = scope.recorder.flush()
+            parts.append((scope, points))
             scope.clipper.measure_next()  # each row knows what clipping did
-        loggers.send(told, loggers.joined(rows for _, rows, _ in parts))
+            return rows
+
+        self._define(trainer)
+        self._send(told, rows_of)
         options = {"alert_nonfinite": not self._settings.has_scaler, **self._options}
-        for scope, _, points in parts:
+        for scope, points in parts:
             loggers.illustrate(told, scope.recorder.prefix, points, scope.trace, **options)
-        self._table.after_row(told, [(scope.trace, points) for scope, _, points in parts], self._scopes.spikes)
+        self._table.after_row(told, [(scope.trace, points) for scope, points in parts], self._scopes.spikes)
         if not self._has_told:
             self._warn_of_nonfinite()
+
+    def _send(self, told: list[Logger], rows_of: Callable[[Scope], list[Row]]) -> None:
+        """Log the rows of all scopes. Of what no logger has taken, the steps wait for their row as before."""
+        waiting, taken = [scope.recorder.waiting() for scope in self._scopes], list[Logger]()
+        try:
+            loggers.send(told, joined([rows_of(scope) for scope in self._scopes]), taken)
+        except BaseException:
+            for put_back in () if taken else waiting:
+                put_back()
+            raise
+
+    def _try_to(self, do: Callable[[], None]) -> None:
+        """Log what no more than a warning may come of: at a checkpoint, or at the end of a fit."""
+        try:
+            do()
+        except Exception as error:  # the logger, the device or the disk may be what failed
+            rank_zero_warn(f"`{self._name}` could not log its last rows: {str(error) or repr(error)}")
 
     def before_checkpoint(self, trainer: Trainer) -> None:
         """See to it that a resumed run neither repeats nor misses a row: what is held is part of the checkpoint.
@@ -107,9 +131,9 @@ class Telling:
         """
         self._define(trainer)
         if self._is_due(trainer) or _is_last(trainer):
-            self.flush(trainer)
+            self._try_to(lambda: self.flush(trainer))
         else:
-            loggers.send(_loggers(trainer), loggers.joined(scope.recorder.flush_steps() for scope in self._scopes))
+            self._try_to(lambda: self._send(_loggers(trainer), lambda scope: scope.recorder.flush_steps()))
 
     def _is_due(self, trainer: Trainer) -> bool:
         every = log_every(trainer) or _ROWS_WITHOUT_LOGGING
@@ -117,7 +141,7 @@ class Telling:
 
     def end(self, trainer: Trainer, report: Callable[[], Report]) -> None:
         """Log what is left and what it amounts to, print the report, warn of what went past."""
-        self.flush(trainer)
+        self._try_to(lambda: self.flush(trainer))
         self._warn_of_nonfinite()
         self._sum_up(trainer, report)
         if self._batches:
@@ -127,11 +151,10 @@ class Telling:
         """Likewise of a fit that ends with an exception, which is the one to be shown."""
         if not self._is_open:
             return  # it is not of a fit, or one that was told of
-        try:
-            self.flush(trainer)
-        except Exception as error:  # the device or the disk may be what failed
-            rank_zero_warn(f"`{self._name}` could not log its last rows: {error}")
-        self._sum_up(trainer, report)
+        with suppress(UserWarning):  # where warnings are errors
+            self._try_to(lambda: self.flush(trainer))
+        with suppress(UserWarning):
+            self._sum_up(trainer, report)
 
     def _sum_up(self, trainer: Trainer, report: Callable[[], Report]) -> None:
         quick = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector

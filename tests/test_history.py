@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics import MetricCollection
 
-from lightning_autoclip import RunningPercentile
+from lightning_autoclip import History, RunningPercentile
 
 NORMS = st.floats(2**-20, 2**20, width=32)
 ANY = st.one_of(NORMS, st.sampled_from([math.nan, math.inf, -math.inf, 1.0, 2.0]))
@@ -224,3 +224,36 @@ def test_several_values_at_once_are_refused_before_anything_is_recorded():
     with pytest.raises(ValueError, match=r"Expected one `value`, but got a tensor of shape \(2,\)"):
         metric.update(torch.ones(2))
     assert metric.recorded.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("which", FORMS)
+@settings(deadline=None, max_examples=100)
+@given(
+    values=st.lists(st.one_of(NORMS, st.sampled_from([1.0, 2.0, 3.0])), min_size=1, max_size=20),
+    counts=st.lists(st.booleans(), min_size=20, max_size=20),
+    window=WINDOWS,
+    loaded=st.integers(0, 20),
+)
+def test_the_state_before_the_newest_value_is_the_one_that_was(which, values, counts, window, loaded):
+    history = History(window)
+    for at, (value, does_count) in enumerate(zip(values, counts, strict=False)):
+        before = history.state_dict()
+        if at == loaded:
+            history = History(window)
+            history.load_state_dict(before)
+        if which == "cpu form":
+            history.record(value)
+        else:
+            history.record(torch.tensor(value), torch.tensor(does_count))
+        again = history.state_before()
+        assert again["values"].tolist() == before["values"].tolist()
+        assert again["count"] == before["count"]
+
+
+def test_the_state_before_a_value_that_came_in_the_other_form():
+    for forms in ((float, torch.tensor), (torch.tensor, float)):
+        history = History(3)
+        for at, value in enumerate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]):
+            before = history.state_dict()
+            history.record(forms[at % 2](value))
+            assert history.state_before()["values"].tolist() == before["values"].tolist()

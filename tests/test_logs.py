@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chaos.faults import small_files
+from fsspec.implementations.local import LocalFileSystem
 from helpers import Net, by_percentile, loader, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -25,6 +27,7 @@ from wandb_reader import finish
 
 from lightning_autoclip import AutoClip
 from lightning_autoclip.__main__ import main
+from lightning_autoclip.monitoring.logs import replace_text
 from lightning_autoclip.monitoring.runs import RecordedRun, read_run
 
 pytestmark = pytest.mark.usefixtures("wandb_offline")
@@ -330,3 +333,12 @@ def test_who_reads_no_further_ends_the_program_quietly(tmp_path: Path, command: 
     assert program.wait(TIME_LIMIT) == 0
     assert "Traceback" not in error
     assert "BrokenPipe" not in error
+
+
+def test_a_file_that_cannot_be_written_anew_stays_as_it_was(tmp_path):
+    path = tmp_path / "hparams.yaml"
+    replace_text(LocalFileSystem(), str(path), "lr: 0.1\n")
+    with small_files(100), pytest.raises(OSError, match="File too large"):
+        replace_text(LocalFileSystem(), str(path), "lr: 0.2\n" * 100)
+    assert path.read_text() == "lr: 0.1\n"
+    assert [*tmp_path.iterdir()] == [path]

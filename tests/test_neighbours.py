@@ -351,4 +351,4 @@ def test_a_checkpoint_at_an_exception_goes_on_as_if_nothing_had_happened(tmp_pat
     assert len(rest.norms) == 40 - 21
     assert torch.equal(weights(whole), weights(rest))
     assert recorded(first) == recorded(second)
-    assert second.clippers[0].nonfinite_total == (0 if failure else 1)
+    assert second.clippers[0].nonfinite_total == 0  # the step that raised was not made

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -160,8 +159,8 @@ def test_a_logger_that_raises_stop_iteration_does_not_end_the_training_in_silenc
         trainer(AutoClip(), logger=Broken("."), log_every_n_steps=4).fit(Net(), loader())
 
 
-@pytest.mark.parametrize(("log_every_step", "hook"), [(True, "on_save_checkpoint"), (False, "on_train_end")])
-def test_a_logger_that_raises_stop_iteration_later_does_not_end_the_training_in_silence(log_every_step, hook):
+@pytest.mark.parametrize("log_every_step", [True, False], ids=["at a checkpoint", "at the end of fit"])
+def test_a_logger_that_raises_stop_iteration_later_does_not_end_the_training(log_every_step):
     class Broken(CSVLogger):
         def log_metrics(self, metrics, step=None):
             if any(key.startswith("autoclip/") for key in metrics):
@@ -169,9 +168,9 @@ def test_a_logger_that_raises_stop_iteration_later_does_not_end_the_training_in_
 
     saving = ModelCheckpoint("ck", every_n_train_steps=3, save_top_k=-1)
     run = trainer(AutoClip(log_every_step=log_every_step), saving, logger=Broken("."), enable_checkpointing=True)
-    again = pytest.warns(UserWarning, match="could not log its last rows") if log_every_step else nullcontext()
-    with again, pytest.raises(RuntimeError, match=f"`{hook}` met a StopIteration"):
+    with pytest.warns(UserWarning, match=r"could not log its last rows: StopIteration\(\)"):
         run.fit(Net(), loader())
+    assert run.global_step == 16
 
 
 class PerLayer(Stepping):

@@ -122,6 +122,9 @@ class StepBound:
     Args:
         ratio: That part, above 0; ``inf``: no bound.
 
+    Attributes:
+        weights: The norms of the weights as they were measured last; infinite of those that do not count.
+
     Raises:
         TypeError: ``ratio`` is no number.
         ValueError: ``ratio`` is not above 0.
@@ -137,7 +140,7 @@ class StepBound:
         self._set([])
 
     def _set(self, weights: Numbers) -> None:
-        self._weights = weights  # their norms when they were measured last; infinite where they do not count
+        self.weights = weights
         self._inverse: Numbers = weights.reciprocal() if isinstance(weights, Tensor) else [1 / w for w in weights]
 
     @property
@@ -154,7 +157,7 @@ class StepBound:
             trained: Which parameters of the optimizer are: others than before are measured at once.
         """
         before, self._trained = self._trained, trained
-        is_new = len(self._weights) != parameters or (before is not None and before != trained)
+        is_new = len(self.weights) != parameters or (before is not None and before != trained)
         return step <= _EACH or step % _EACH == 0 or is_new
 
     def weigh(self, weights: Numbers, shapes: Sequence[torch.Size | None]) -> None:
@@ -194,8 +197,8 @@ class StepBound:
             update = max(map(mul, norms, inverse)) * float(rate)
             return single(norm * (self.ratio / update)) if update > 0 else math.inf
         there: Any = norms
-        if not isinstance(self._weights, Tensor) or self._weights.device != there.device:
-            self._set(torch.as_tensor(self._weights, dtype=there.dtype).to(there.device))
+        if not isinstance(self.weights, Tensor) or self.weights.device != there.device:
+            self._set(torch.as_tensor(self.weights, dtype=there.dtype).to(there.device))
         if rate is None:
             each, rate = rates.of_parameters(positions, there)
             there = there * each
@@ -207,15 +210,11 @@ class StepBound:
 
     def _on_host(self) -> list[float]:
         """The same after a step that was not read: a read."""
-        self._set(torch.as_tensor(self._weights).tolist())
+        self._set(torch.as_tensor(self.weights).tolist())
         return list(self._inverse)
 
-    def state_dict(self) -> Tensor:
-        """The norms of the weights as they were measured last: shape ``(n,)``, float64. Reads the host."""
-        return torch.as_tensor(self._weights).to("cpu").to(torch.float64)
-
     def load_state_dict(self, weights: Any) -> None:
-        """Restore what :meth:`state_dict` returned.
+        """Restore :attr:`weights`, as a tensor of shape ``(n,)``, float64.
 
         Raises:
             ValueError: It is damaged.

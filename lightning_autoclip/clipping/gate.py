@@ -52,6 +52,11 @@ class StepGate:
                 optimizer.register_step_post_hook(gate._after)
         return gate
 
+    @property
+    def is_expected(self) -> bool:
+        """Whether a step has been announced and not been made, as far as that is known."""
+        return self._is_expected
+
     def expect(self, optimizer: Any) -> None:
         """Announce a step. What was said of one that was never made is taken back."""
         self.forget(optimizer)

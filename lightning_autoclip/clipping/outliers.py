@@ -25,6 +25,9 @@ class Outliers:
     Args:
         times: How many times, at least 1; ``inf``: no step is left out.
 
+    Attributes:
+        in_a_row: How many of the last steps, without one between them, were so large.
+
     Raises:
         TypeError: ``times`` is no number.
         ValueError: ``times`` is below 1.
@@ -32,7 +35,7 @@ class Outliers:
 
     def __init__(self, times: float) -> None:
         self.times = times if times == math.inf else check_number("skip_above", times, "a number of at least 1", 1)
-        self._in_a_row: Number = 0.0
+        self.in_a_row: Number = 0.0
 
     @property
     def is_on(self) -> bool:
@@ -70,16 +73,12 @@ class Outliers:
         """
         if isinstance(is_above, Tensor):
             device = is_above.device
-            before = self._in_a_row if isinstance(self._in_a_row, Tensor) else constant(self._in_a_row, device)
-            self._in_a_row = torch.where(is_above, before + 1, constant(0.0, device))
-            return is_above & (self._in_a_row <= MOST_IN_A_ROW)
-        self._in_a_row = float(self._in_a_row) + 1 if is_above else 0.0
-        return is_above and self._in_a_row <= MOST_IN_A_ROW
-
-    def state_dict(self) -> int:
-        """How many steps in a row were so large. Reads the host."""
-        return int(self._in_a_row)
+            before = self.in_a_row if isinstance(self.in_a_row, Tensor) else constant(self.in_a_row, device)
+            self.in_a_row = torch.where(is_above, before + 1, constant(0.0, device))
+            return is_above & (self.in_a_row <= MOST_IN_A_ROW)
+        self.in_a_row = float(self.in_a_row) + 1 if is_above else 0.0
+        return is_above and self.in_a_row <= MOST_IN_A_ROW
 
     def load_state_dict(self, in_a_row: Any) -> None:
-        """Restore what :meth:`state_dict` returned; what is damaged is a `ValueError` or a `TypeError`."""
-        self._in_a_row = float(check_integer("outliers_in_a_row", in_a_row, "a count", 0))
+        """Restore :attr:`in_a_row`; what is damaged is a `ValueError` or a `TypeError`."""
+        self.in_a_row = float(check_integer("outliers_in_a_row", in_a_row, "a count", 0))

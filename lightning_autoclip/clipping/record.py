@@ -6,6 +6,7 @@ import math
 import warnings
 from array import array
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -44,6 +45,9 @@ class History:
     Args:
         window: How many values to keep, at least 1, or ``None`` for all of them.
 
+    Attributes:
+        calls: How often :meth:`record` was called.
+
     Raises:
         TypeError: ``window`` is neither an integer nor ``None``.
         ValueError: ``window`` is below 1.
@@ -61,6 +65,7 @@ class History:
         if window is not None:
             window = check_integer("window", window, "an integer of at least 1, or `None` for the full history", 1)
         self.window = window
+        self.calls = 0
         self._set([], 0)
 
     def _set(self, values: Sequence[float], count: int) -> None:
@@ -74,6 +79,7 @@ class History:
         else:  # a window that has grown since begins as a partly filled one
             count = len(kept)
         self._values, self._count = kept, count
+        self._replaced: float | None = None  # by the newest value
 
     def record(self, value: Number, counts: Tensor | None = None) -> None:
         """Record one value.
@@ -86,17 +92,20 @@ class History:
             if self._on_device is None or self._on_device.ring.device != value.device:
                 self._on_device = _OnDevice(self.recorded, self.count, self.window, value.device)
             self._on_device.record(value, torch.ones_like(value, dtype=torch.bool) if counts is None else counts)
+            self.calls += 1
             return
         if self._on_device is not None:
             self._set(self.recorded.tolist(), self.count)
         if len(self._values) == self.window:
             slot = self._count % self.window
-            del self._ordered[bisect_left(self._ordered, self._values[slot])]
+            self._replaced = self._values[slot]
+            del self._ordered[bisect_left(self._ordered, self._replaced)]
             self._values[slot] = value
         else:
             self._values.append(value)
         insort(self._ordered, value)
         self._count += 1
+        self.calls += 1
 
     def extend(self, values: Tensor) -> None:
         """Record many values at once, oldest first; those that are not finite are left out. Reads the host.
@@ -166,6 +175,14 @@ class History:
         """``values`` (shape ``(n,)``, float32, oldest first) and ``count`` (how many came in)."""
         return {"values": self.recorded, "count": self.count}
 
+    def state_before(self) -> dict[str, Any]:
+        """What :meth:`state_dict` returned before the last call of :meth:`record`. Reads the host."""
+        if self._on_device is not None:
+            return self._on_device.state_before()
+        oldest = [] if self._replaced is None else [self._replaced]
+        values = torch.tensor([*oldest, *self.recorded.tolist()[:-1]], dtype=torch.float32, device="cpu")
+        return {"values": values, "count": self._count - 1}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the record, the newest of it if the window is smaller.
 
@@ -199,6 +216,7 @@ class _OnDevice:
         self.ring[: values.numel()] = values.roll(count % window) if values.numel() == window else values
         self.ring, self.count = self.ring.to(device), torch.tensor(count, device=device)
         self.ordered = self.ring[:-1].sort().values
+        self._before: tuple[Tensor, Tensor] | None = None  # `ordered` before the newest value; whether that counts
 
     def record(self, value: Tensor, counts: Tensor) -> None:
         self._most += 1
@@ -206,6 +224,7 @@ class _OnDevice:
         if self._most > places and (self.window is None or places < self.window):
             self._grow(places if self.window is None else min(places, self.window - places))
             places = self.ring.numel() - 1
+        self._before = self.ordered, counts
         device = self.ring.device
         next_slot = self.count if self.window is None else self.count % self.window
         slot = torch.where(counts, next_slot, constant(places, device, torch.int64))
@@ -241,6 +260,17 @@ class _OnDevice:
         if self.window is None or count < self.window:
             return values[:count].clone()
         return values.roll(-(count % self.window))
+
+    def state_before(self) -> dict[str, Any]:
+        values, count = self.recorded(), int(self.count)
+        if self._before is None or not bool(self._before[1]):
+            return {"values": values, "count": count}
+        kept = values[:-1].tolist()
+        if count - 1 >= (self.window or math.inf):  # what was replaced stands nowhere but among those of before
+            replaced = Counter(self._before[0].tolist())
+            replaced.subtract(kept)
+            kept = [*replaced.elements(), *kept]
+        return {"values": torch.tensor(kept, dtype=torch.float32, device="cpu"), "count": count - 1}
 
 
 @lru_cache(maxsize=64)

@@ -12,6 +12,7 @@ from lightning_autoclip._checks import check_choice, check_integer, check_positi
 from lightning_autoclip._text import shown
 from lightning_autoclip.clipping._numbers import Number, compiles_graphs, constant, count_unless, single, smaller
 from lightning_autoclip.clipping.bound import StepBound
+from lightning_autoclip.clipping.gradients import Numbers
 from lightning_autoclip.clipping.outliers import Outliers
 from lightning_autoclip.clipping.policies import Policy, threshold_of, threshold_on_device
 from lightning_autoclip.clipping.record import History
@@ -50,6 +51,16 @@ class Threshold:
         self.clipped_norm_every = 1  # steps, by value; the callback is content with a few per row
         self._until_measured = 0
         self._nonfinite: Number = 0.0
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Note where the record stands, which is where it stays if the step that begins is never made."""
+        self._before = self._now()
+
+    def _now(self) -> tuple[int, Number, int, Number, Numbers, int]:
+        """All that a step changes, by reference: what stands on an accelerator is replaced, never written to."""
+        in_a_row, weights = self.outliers.in_a_row, self.bound.weights
+        return self.steps, self._nonfinite, self._until_measured, in_a_row, weights, self.history.calls
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -125,17 +136,22 @@ class Threshold:
         """How many steps so far had a NaN or an infinity in their gradient. Reads the host."""
         return int(self._nonfinite)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What happened so far, as tensors and ints; loads with ``torch.load(..., weights_only=True)``."""
+    def state_dict(self, before_step: bool = False) -> dict[str, Any]:
+        """What happened so far, as tensors and ints; loads with ``torch.load(..., weights_only=True)``.
+
+        Args:
+            before_step: Leave out what has happened since :meth:`begin_step`, of one step at most.
+        """
+        steps, nonfinite, until_measured, in_a_row, weights, calls = self._before if before_step else self._now()
         return {
             "gradient_clip_algorithm": self.gradient_clip_algorithm,  # the unit of what is recorded
-            "steps": self.steps,
-            "nonfinite_total": self.nonfinite_total,
-            "until_measured": self._until_measured,
-            "weight_norms": self.bound.state_dict(),
-            "outliers_in_a_row": self.outliers.state_dict(),
+            "steps": steps,
+            "nonfinite_total": int(nonfinite),
+            "until_measured": until_measured,
+            "weight_norms": torch.as_tensor(weights).to("cpu").to(torch.float64),
+            "outliers_in_a_row": int(in_a_row),
             "window": self.history.window,
-            "history": self.history.state_dict(),
+            "history": self.history.state_before() if self.history.calls > calls else self.history.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -176,3 +192,4 @@ class Threshold:
             )
         self.history, self.bound, self.outliers, self.steps = history, bound, outliers, steps
         self._nonfinite, self._until_measured = float(nonfinite_total), until_measured
+        self.begin_step()

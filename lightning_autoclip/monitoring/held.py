@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +42,14 @@ class Held:
         self.share_steps = 0
         self.norm_sums: dict[str, float] = {}
         self.norm_steps: dict[str, int] = {}
+
+    def copy(self) -> Held:
+        """The same; what it takes in, the other one does not."""
+        other = copy.copy(self)
+        other.points, other.summary = [*self.points], replace(self.summary)
+        other.share_sums, other.norm_sums = {**self.share_sums}, {**self.norm_sums}
+        other.norm_steps = {**self.norm_steps}
+        return other
 
     def add(self, point: Point) -> None:
         """Take in a step."""
@@ -83,12 +93,16 @@ class Held:
             for module in modules
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors, dicts and plain numbers; loads with ``torch.load(..., weights_only=True)``."""
+    def state_dict(self, told: int) -> dict[str, Any]:
+        """Tensors, dicts and plain numbers; loads with ``torch.load(..., weights_only=True)``.
+
+        Args:
+            told: How many of the steps have been logged one by one.
+        """
         points = torch.tensor(self.points, dtype=torch.float64, device="cpu").reshape(-1, len(Point._fields))
         return {
             "points": points,
-            "told": self.told,
+            "told": told,
             "share_sums": dict(self.share_sums),
             "share_steps": self.share_steps,
             "norm_sums": dict(self.norm_sums),

@@ -7,7 +7,6 @@ import io
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,16 +17,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_autoclip._text import as_cell, as_markdown
 from lightning_autoclip.monitoring import wandb
-from lightning_autoclip.monitoring.logs import CONFIG_KEY, is_settings
+from lightning_autoclip.monitoring.logs import CONFIG_KEY, is_settings, replace_text
+from lightning_autoclip.monitoring.recorder import Row
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Trace
-from lightning_autoclip.monitoring.verdicts import SPIKE, late_spikes
+from lightning_autoclip.monitoring.verdicts import SPIKE
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
-
-Row = tuple[int, dict[str, float]]
-"""What is logged at a step."""
 
 _TABLE, _HEALTH = "autoclip_spikes", "autoclip/health"
 _MOST_TABLES = 20  # of a fit, beside the one at its end: each is a file and an artifact
@@ -84,41 +81,50 @@ def _add_to_hparams_file(logger: Any, settings: dict[str, Any], step: int) -> No
     users = "" if text.strip() == "{}" else text
     if users.startswith("{"):
         raise ValueError(f"expected {path} to have lines `name: value`, but it begins with {users[:20]!r}")
-    with files.open(path, "w", encoding="utf-8") as file:
-        file.write(users + yaml.safe_dump({CONFIG_KEY: settings}, sort_keys=False))
+    replace_text(files, path, users + yaml.safe_dump({CONFIG_KEY: settings}, sort_keys=False))
 
 
 def define(loggers: Iterable[Logger], keys: Sequence[str]) -> None:
     """Tell of keys that rows will have."""
     for logger in loggers:
         if _is(logger, "WandbLogger"):
-            wandb.define_metrics(logger, keys)
+            _attempt("names of the metrics", logger, partial(wandb.define_metrics, logger, keys))
 
 
-def send(loggers: Iterable[Logger], rows: Sequence[Row]) -> None:
+def send(loggers: Iterable[Logger], rows: Sequence[Row], taken: list[Logger]) -> None:
     """Log the finite numbers of rows, each with its step, and save them; nothing is done if there is no row.
+
+    A logger that fails keeps the rows from no other one; its error comes last.
 
     A NaN or an infinity stays in the summaries of W&B for good, a database makes a largest number or an error of it,
     and Comet refuses it. A CSV file has an empty cell, so that its columns are the same from the first row on.
+
+    Args:
+        loggers: Those of the Trainer.
+        rows: What is to be logged.
+        taken: Is given each logger that has taken all of them.
+
+    Raises:
+        Exception: That of the first logger that failed.
     """
+    failed: list[Exception] = []
     for logger in loggers if rows else ():
-        keeps_columns = _is(logger, "CSVLogger")
-        for step, row in rows:
-            finite: Any = {key: value for key, value in row.items() if math.isfinite(value)}
-            if keeps_columns or finite:
-                logger.log_metrics(dict.fromkeys(row) | finite if keeps_columns else finite, step=step)
-        logger.save()
+        try:
+            _send(logger, rows)
+            taken.append(logger)
+            logger.save()
+        except Exception as error:
+            failed.append(error)
+    if failed:
+        raise failed[0]
 
 
-def joined(parts: Iterable[Sequence[Row]]) -> list[Row]:
-    """The rows of several scopes as one row per step; of a scope with several at one step, the first with the first."""
-    found: dict[tuple[int, int], dict[str, float]] = {}
-    for part in parts:
-        seen: Counter[int] = Counter()
-        for step, row in part:
-            found.setdefault((step, seen[step]), {}).update(row)
-            seen[step] += 1
-    return [(step, row) for (step, _), row in sorted(found.items(), key=lambda item: item[0])]
+def _send(logger: Logger, rows: Sequence[Row]) -> None:
+    keeps_columns = _is(logger, "CSVLogger")
+    for step, row in rows:
+        finite: Any = {key: value for key, value in row.items() if math.isfinite(value)}
+        if keeps_columns or finite:
+            logger.log_metrics(dict.fromkeys(row) | finite if keeps_columns else finite, step=step)
 
 
 def illustrate(
@@ -142,17 +148,10 @@ def illustrate(
         alert_above: Whether alerts are sent, and of norms how many times the typical one, as the report measures it.
         alert_nonfinite: Whether steps that are not finite are alerted of too; with a loss scaler they are usual.
     """
-    for logger in loggers:
-        if not _is(logger, "WandbLogger") or not points:
-            continue
-        if histogram:
-            wandb.log_histogram(logger, f"{prefix}grad_norm_histogram", points)
-        if alert_above is not None:
-            held, large = {point.step for point in points}, late_spikes(trace, alert_above)
-            spikes = sorted((each for each in large if each.point.step in held), key=lambda spike: spike.point.step)
-            wandb.alert_spike(logger, prefix, spikes)
-        if alert_above is not None and alert_nonfinite:
-            wandb.alert_nonfinite(logger, prefix, [point for point in points if not math.isfinite(point.norm)])
+    given = prefix, points, trace, histogram, alert_above, alert_nonfinite
+    for logger in loggers if points else ():
+        for what, send_it in wandb.extras(logger, *given) if _is(logger, "WandbLogger") else ():
+            _attempt(what, logger, send_it)
 
 
 class SpikesInTime:
@@ -276,8 +275,7 @@ def _write(logger: Any, name: str, text: str) -> None:
     if directory := getattr(logger, "log_dir", None) or _directory_of_run(logger):
         files = get_filesystem(directory)  # which need not be the local one
         files.makedirs(directory, exist_ok=True)
-        with files.open(f"{directory}/{name}", "w") as file:
-            file.write(text)
+        replace_text(files, f"{directory}/{name}", text)
 
 
 def _is(logger: Logger, name: str) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +14,16 @@ from lightning_autoclip._text import as_key
 from lightning_autoclip.clipping._numbers import compiles_graphs, on_host
 from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.monitoring.held import NOTHING, Held
-from lightning_autoclip.monitoring.summary import Point, Summary
+from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Trace, by_module, norms_by_module, shares_of
 
+_TOTAL = StepRecord._fields.index("nonfinite_total")
 _NUMBERS = 7  # of a `StepRecord` and of a `Point`, one after the other: all but the parameters' norms
 SECTIONS = ("autoclip_layers", "autoclip_layers_norm")  # of the layers' shares and norms
 _MAX_ON_DEVICE = 1024  # records that may wait on the device, however far apart the rows are
+
+Row = tuple[int, dict[str, float]]
+"""What is logged at a step."""
 
 
 class Recorder:
@@ -55,8 +60,9 @@ class Recorder:
         self.trace, self.skips = Trace() if trace is None else trace, skips
         self.max_update_ratio: float | None = None
         self._on_device: list[tuple[tuple[int, int, int, int], Any, Any]] = []  # or on the host, of the CPU
-        self._bad_total = 0.0  # steps that were not finite, of those on the host
         self.held = Held()
+        self._is_last_open = False  # whether the last record is of the step that is being made
+        self._before: tuple[Trace, Held] | None = None  # that step, if it is among them
         self._last_row: dict[str, float] | None = None
         self._last_finite: dict[str, float] = {}  # by key
 
@@ -64,6 +70,10 @@ class Recorder:
     def keys(self) -> list[str]:
         """Every key that the rows of this recorder can have."""
         return [*self._row(), *(self._step_row(NOTHING) if self.every_step else ())]
+
+    def begin_step(self) -> None:
+        """Say that the steps so far have been made; of the one that begins, that is not known yet."""
+        self._is_last_open, self._before = False, None
 
     def add(self, record: StepRecord, *, step: int, epoch: int, first_batch: int, last_batch: int) -> None:
         """Hold a record until the next row: with what the clipper does not know of it, as `Point` says."""
@@ -73,6 +83,7 @@ class Recorder:
         if self._on_device and isinstance(numbers[0], Tensor) != isinstance(self._on_device[-1][1][0], Tensor):
             self._fetch()  # the host has read the one step, but not the other
         self._on_device.append(((step, epoch, first_batch, last_batch), numbers, record.parameter_norms))
+        self._is_last_open = True
         if len(self._on_device) >= _MAX_ON_DEVICE:
             self._fetch()
 
@@ -86,14 +97,26 @@ class Recorder:
         return (last + 1) // every_n_steps > first // every_n_steps
 
     def _fetch(self) -> None:
-        """Copy to the host what is held on the device, and sum it up."""
+        """Copy to the host what is held on the device, and sum it up: all of it or, if that is broken off, nothing."""
         if not self._on_device:
             return
+        points, squares = self._read()
+        open_ones = 1 if self._is_last_open else 0
+        first = len(points) - open_ones
+        before = after = self.trace, self.held
+        if first:
+            before = after = self._with(before, points[:first], None if squares is None else squares[:first])
+        if open_ones:
+            after = self._with(before, points[first:], None if squares is None else squares[first:])
+            self._before = before
+        (self.trace, self.held), self._on_device = after, []
+
+    def _read(self) -> tuple[list[Point], Tensor | None]:
+        """What is held on the device: the steps, and the squared norm of each parameter's gradient."""
         places: Any
         numbers: Any
         norms: Any
         places, numbers, norms = zip(*self._on_device, strict=True)
-        self._on_device = []
         if isinstance(numbers[0], Tensor):
             numbers = on_host(numbers).tolist()
             norms = norms if norms[0] is None else on_host(norms)
@@ -102,26 +125,35 @@ class Recorder:
             there = there if norms[0] is None else torch.cat((there, torch.stack(norms)), 1)
             here = there.cpu()  # in one copy
             numbers, norms = here[:, :_NUMBERS].tolist(), norms if norms[0] is None else here[:, _NUMBERS:]
-        points = [self._point(place, those) for place, those in zip(places, numbers, strict=True)]
-        before = [self._bad_total, *(point.nonfinite_total for point in points)]
-        self._bad_total = before.pop()
-        points = [  # what is bad in another group is counted, not measured, in this one too
-            point if point.nonfinite_total <= total else point._replace(bad=1.0)
-            for point, total in zip(points, before, strict=True)
-        ]
+        totals = [self.trace.nonfinite_total, *(those[_TOTAL] for those in numbers)]
+        points = [self._point(*those) for those in zip(places, numbers, totals[:-1], strict=True)]
         squares = None if norms[0] is None else torch.as_tensor(norms, dtype=torch.float64, device="cpu").square()
-        self.trace.extend(points, squares)
+        return points, squares
+
+    def _with(self, so_far: tuple[Trace, Held], points: Sequence[Point], squares: Tensor | None) -> tuple[Trace, Held]:
+        """The trace and the steps that wait, with some more steps; those that are given stay as they are."""
+        trace, held = so_far[0].copy(), so_far[1].copy()
+        trace.extend(points, squares)
         for point in points:
-            self.held.add(point)
+            held.add(point)
         if squares is not None and self.layer_depth:
             shares = shares_of(squares)
-            self.held.add_shares(self.trace.names, shares.sum(0).tolist(), len(shares))
+            held.add_shares(trace.names, shares.sum(0).tolist(), len(shares))
             finite = squares[[i for i, point in enumerate(points) if point.finite]]
-            self.held.add_norms(norms_by_module(finite, self.trace.names, self.layer_depth), len(finite))
+            held.add_norms(norms_by_module(finite, trace.names, self.layer_depth), len(finite))
+        return trace, held
 
-    def _point(self, place: tuple[int, int, int, int], numbers: Sequence[float]) -> Point:
-        """A step with what only the host calculates: how far it would carry the weights."""
+    def _point(self, place: tuple[int, int, int, int], numbers: Sequence[float], bad_before: float) -> Point:
+        """A step with what only the host calculates: how far it would carry the weights, and whether any group is bad.
+
+        Args:
+            place: The first fields.
+            numbers: Those of a `StepRecord`.
+            bad_before: How many steps before it were not finite.
+        """
         point = Point(*place, *numbers)
+        if point.nonfinite_total > bad_before:
+            point = point._replace(bad=1.0)
         if self.max_update_ratio is None or not point.max_norm > 0:
             return point
         return point._replace(update_ratio=self.max_update_ratio * point.norm / point.max_norm)
@@ -144,7 +176,7 @@ class Recorder:
         row = self.summarise()
         return {key: value if math.isfinite(value) else self._last_finite.get(key, value) for key, value in row.items()}
 
-    def flush(self) -> tuple[list[tuple[int, dict[str, float]]], list[Point]]:
+    def flush(self) -> tuple[list[Row], list[Point]]:
         """Hold nothing any more.
 
         Returns:
@@ -157,23 +189,48 @@ class Recorder:
         self._last_row = row
         self._last_finite |= {key: value for key, value in row.items() if math.isfinite(value)}
         self.held = Held()
+        self._before = self._before and (self._before[0], Held())
         return [*rows, (last[0], last[1] | row)], points  # the last step's row and the summary are one
 
-    def flush_steps(self) -> list[tuple[int, dict[str, float]]]:
+    def flush_steps(self) -> list[Row]:
         """The rows of single steps alone: the steps are held until the summary is due."""
         self._fetch()
         points, self.held.told = self.held.points[self.held.told :], len(self.held.points)
         return [(point.step, self._step_row(point)) for point in points] if self.every_step else []
 
-    def state_dict(self) -> dict[str, Any]:
-        """The steps that wait for their row."""
+    def state_dict(self, before_step: bool = False) -> dict[str, Any]:
+        """What happened, and the steps that wait for their row.
+
+        Args:
+            before_step: Leave out the step that was added since :meth:`begin_step`.
+        """
         self._fetch()
-        return self.held.state_dict()
+        trace, _ = self._up_to(before_step)
+        return {"trace": trace.state_dict(), "held": self.held_state(before_step)}
+
+    def held_state(self, before_step: bool = False) -> dict[str, Any]:
+        """The steps that wait for their row alone."""
+        self._fetch()
+        _, held = self._up_to(before_step)
+        return held.state_dict(min(self.held.told, len(held.points)))
+
+    def _up_to(self, before_step: bool) -> tuple[Trace, Held]:
+        return self._before if before_step and self._before is not None else (self.trace, self.held)
+
+    def waiting(self) -> Callable[[], None]:
+        """What waits for its row: called, it waits again, as if it had not been flushed."""
+        self._fetch()
+        held, told, before = self.held, self.held.told, self._before
+
+        def put_back() -> None:
+            self.held, self.held.told, self._before = held, told, before
+
+        return put_back
 
     def restore(self, trace: Trace, held: Held) -> None:
         """Go on from what was saved; whatever happened since is taken back."""
         self.trace, self.held, self._on_device = trace, held, []
-        self._bad_total = Summary.merged(trace.bins).nonfinite
+        self.begin_step()
 
     def _row(self) -> dict[str, float]:
         """One row for the steps that are held. Non-finite steps are counted and otherwise left out."""
@@ -217,3 +274,14 @@ class Recorder:
         if self.by_value:
             row["grad_rms"] = point.statistic
         return {f"{self.prefix}step/{key}": value for key, value in row.items()}
+
+
+def joined(parts: Iterable[Sequence[Row]]) -> list[Row]:
+    """The rows of several scopes as one row per step; of a scope with several at one step, the first with the first."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for part in parts:
+        seen: Counter[int] = Counter()
+        for step, row in part:
+            found.setdefault((step, seen[step]), {}).update(row)
+            seen[step] += 1
+    return [(step, row) for (step, _), row in sorted(found.items(), key=lambda item: item[0])]

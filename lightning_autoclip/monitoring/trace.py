@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -76,6 +77,7 @@ class Trace:
         bins: The steps, oldest first.
         largest: The steps with the largest norms, largest first.
         nonfinite: The first steps that were not finite, oldest first.
+        nonfinite_total: How many steps were not finite.
     """
 
     def __init__(self, names: Sequence[str] = (), numels: Sequence[int] = ()) -> None:
@@ -83,9 +85,18 @@ class Trace:
         self.bins: list[Summary] = []
         self.largest: list[Spike] = []
         self.nonfinite: list[Spike] = []
+        self.nonfinite_total = 0.0
         self._width = 1  # steps per bin
         self._share_sums = torch.zeros(len(self.names), dtype=torch.float64, device="cpu")
         self._share_steps = 0
+
+    def copy(self) -> Trace:
+        """The same; what it takes in, the other one does not."""
+        other = copy.copy(self)
+        other.bins = [*self.bins[:-1], *map(replace, self.bins[-1:])]  # only the last one is written to
+        other.largest, other.nonfinite = [*self.largest], [*self.nonfinite]
+        other._share_sums = self._share_sums.clone()
+        return other
 
     def extend(self, points: Sequence[Point], squares: Tensor | None) -> None:
         """Take in some steps.
@@ -97,6 +108,7 @@ class Trace:
         """
         for i, point in enumerate(points):
             step = Summary.of(point)
+            self.nonfinite_total = point.nonfinite_total
             if self.bins and self.bins[-1].steps < self._width:
                 self.bins[-1].merge(step)
             else:
@@ -112,10 +124,8 @@ class Trace:
 
     def _halve(self) -> None:
         pairs = zip(self.bins[::2], [*self.bins[1::2], None], strict=False)
-        for kept, taken in pairs:
-            if taken is not None:
-                kept.merge(taken)
-        self.bins, self._width = self.bins[::2], 2 * self._width
+        self.bins = [kept if taken is None else Summary.merged((kept, taken)) for kept, taken in pairs]
+        self._width *= 2
 
     def _keep_if_large(self, point: Point, squares: Tensor | None) -> None:
         finite = point.finite
@@ -180,6 +190,7 @@ class Trace:
             trace._width, trace._share_steps = state["width"], state["share_steps"]
             trace._share_sums = state["share_sums"].clone()
             trace._check(state["bins"].shape)
+            trace.nonfinite_total = Summary.merged(trace.bins).nonfinite
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(f"The trace of a run is damaged or not one: {error!r}.") from error
         return trace

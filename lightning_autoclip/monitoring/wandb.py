@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from lightning_autoclip._text import printable
 from lightning_autoclip.monitoring.summary import Point
-from lightning_autoclip.monitoring.trace import Spike
+from lightning_autoclip.monitoring.trace import Spike, Trace
+from lightning_autoclip.monitoring.verdicts import late_spikes
 
 _WAIT = timedelta(minutes=10)  # between two alerts of one title
 _NO_CURVES = ("/grad_norm_max_step",)  # numbers to look up, not to draw
@@ -38,6 +41,28 @@ def _escaped(key: str) -> str:
 def _prefix(logger: Any) -> str:
     """What the logger puts before every key."""
     return f"{logger._prefix}{logger.LOGGER_JOIN_CHAR}" if logger._prefix else ""
+
+
+def extras(
+    logger: Any,
+    prefix: str,
+    points: Sequence[Point],
+    trace: Trace,
+    histogram: bool,
+    alert_above: float | None,
+    alert_nonfinite: bool,
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """What is to be sent of some steps beside their row: what it is called, and what sends it."""
+    if histogram:
+        yield "histogram of the norms", partial(log_histogram, logger, f"{prefix}grad_norm_histogram", points)
+    if alert_above is None:
+        return
+    held, large = {point.step for point in points}, late_spikes(trace, alert_above)
+    spikes = sorted((each for each in large if each.point.step in held), key=lambda spike: spike.point.step)
+    yield "alert", partial(alert_spike, logger, prefix, spikes)
+    if alert_nonfinite:
+        bad = [point for point in points if not math.isfinite(point.norm)]  # here, rather than in another group
+        yield "alert", partial(alert_nonfinite_step, logger, prefix, bad)
 
 
 def log_histogram(logger: Any, key: str, points: Sequence[Point]) -> None:
@@ -73,7 +98,7 @@ def alert_spike(logger: Any, prefix: str, spikes: Sequence[Spike]) -> None:
         _alert(logger, f"{prefix.strip('/')}: spike of the gradient norm", spike.point, what)
 
 
-def alert_nonfinite(logger: Any, prefix: str, points: Sequence[Point]) -> None:
+def alert_nonfinite_step(logger: Any, prefix: str, points: Sequence[Point]) -> None:
     """Send an alert of the first of these steps, which are not finite, if there is one."""
     for point in points[:1]:
         what = f"{point.norm:.4g}, not finite. `spikes()` of the callback names the parameters"

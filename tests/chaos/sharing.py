@@ -1,0 +1,158 @@
+"""One callback in two Trainers, in other threads, and copied in the middle of a fit."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from chaos import kills
+from helpers import trainer, weights
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
+
+from lightning_autoclip import AutoClip
+
+STEPS = 30
+
+
+def clip() -> AutoClip:
+    return AutoClip(30, window=7, verbose=False)
+
+
+def fit(callback: AutoClip, *others: Any, steps: int = STEPS, **options: Any) -> Any:
+    model = kills.ByIndex(STEPS, 1)
+    run = trainer(callback, *others, max_steps=steps, log_every_n_steps=5, **options)
+    run.fit(model, DataLoader(range(STEPS)))
+    return run
+
+
+def assert_as_alone(callback: AutoClip, run: Any, steps: int = STEPS) -> None:
+    """Record and weights are those of a run of a callback of its own."""
+    alone = fit(expected := clip(), steps=steps)
+    kills.assert_same(callback.state_dict(), expected.state_dict(), "the state")
+    assert torch.equal(weights(run.lightning_module), weights(alone.lightning_module))
+
+
+class At(Callback):
+    """Does something at a step, within it or after it."""
+
+    def __init__(self, step: int, do: Callable[[], None], within: bool = False) -> None:
+        self.step, self.do, self.within = step, do, within
+
+    def on_before_optimizer_step(self, trainer: Any, *args: Any) -> None:
+        if self.within and trainer.global_step == self.step:
+            self.do()
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        if not self.within and trainer.global_step == self.step:
+            self.do()
+
+
+def one_after_the_other(folder: Path, random: Random) -> str:
+    """Each Trainer begins a record; the first one's was replaced, and it begins anew too."""
+    callback, first, second = clip(), random.randint(1, STEPS), random.randint(1, STEPS)
+    assert_as_alone(callback, fit(callback, steps=first), first)
+    once = trainer(callback, max_steps=STEPS, log_every_n_steps=5)
+    once.fit(kills.ByIndex(STEPS, 1), DataLoader(range(STEPS)))
+    assert_as_alone(callback, fit(callback, steps=second), second)
+    once.fit_loop.max_epochs, once.fit_loop.epoch_loop.max_steps = 2, STEPS + 4
+    once.fit(once.lightning_module, DataLoader(range(STEPS)))
+    assert callback.clippers[0].steps == 4, "the record of another training"
+    return f"{first}, {STEPS}, {second} and 4 steps"
+
+
+def in_a_thread(do: Callable[[], Any]) -> Any:
+    result: list[Any] = []
+
+    def work() -> None:
+        try:
+            result.append(do())
+        except BaseException as error:
+            result.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    return result[0]
+
+
+def at_the_same_time(folder: Path, random: Random) -> str:
+    """The second Trainer, in a thread or within the first one's fit, is told so; the first one does not notice."""
+    callback, step, errors = clip(), random.randint(1, STEPS - 1), []
+    do = partial(fit, callback)
+
+    def meanwhile() -> None:
+        if random.random() < 0.5:
+            errors.append(in_a_thread(do))
+            return
+        try:
+            do()
+        except MisconfigurationException as error:
+            errors.append(error)
+
+    run = fit(callback, At(step, meanwhile, within=random.random() < 0.5))
+    (error,) = errors
+    assert isinstance(error, MisconfigurationException), repr(error)
+    assert "in the fit of another Trainer" in str(error), error
+    assert_as_alone(callback, run)
+    assert_as_alone(callback, fit(callback))  # now it is free
+    return f"at step {step}"
+
+
+def in_two_threads(folder: Path, random: Random) -> str:
+    """Two fits that begin together: one is made as if alone, the other one is told so, or both come in turn."""
+    callback, barrier = clip(), threading.Barrier(2)
+    results: list[Any] = []
+
+    def work() -> None:
+        barrier.wait()
+        try:
+            results.append(fit(callback))
+        except BaseException as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    errors = [each for each in results if isinstance(each, BaseException)]
+    assert len(results) == 2
+    assert all("in the fit of another Trainer" in str(each) for each in errors), errors
+    assert len(errors) < 2
+    assert callback.clippers[0].steps == STEPS
+    return f"{len(errors)} of 2 told"
+
+
+def copied_in_mid_fit(folder: Path, random: Random) -> str:
+    """A copy has the record so far, goes on by itself, and the fit does not notice."""
+    step, copies = random.randint(1, STEPS - 1), []
+    callback = clip()
+
+    def copy_it() -> None:
+        copies.extend([copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))])
+
+    within = random.random() < 0.5
+    run = fit(callback, At(step, copy_it, within))
+    for each in copies:
+        assert each.clippers[0].steps == step + within
+        str(each.report()), each.spikes()
+        assert_as_alone(each, fit(each))  # another Trainer begins a record
+    assert_as_alone(callback, run)
+    return f"{'within' if within else 'after'} step {step}"
+
+
+def outside_the_main_thread(folder: Path, random: Random) -> str:
+    """A fit in a thread is as one in the main thread."""
+    callback, run = in_a_thread(lambda: (each := clip(), fit(each)))
+    assert_as_alone(callback, run)
+    return "as in the main thread"
