@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_autoclip import AutoClip
+from lightning_autoclip import AutoClip, History
 
 PARTS = 20  # of a run, at the end of each of which is measured
 PERCENTILE = 50.0
@@ -139,6 +139,26 @@ def soak(steps: int, window: int | None, accelerator: str, folder: Path) -> dict
     }
 
 
+def full_history(values: int, on_accelerator: bool, device: str) -> dict[str, Any]:
+    """So many values in a full history: by what part its percentiles differ from numpy's, and what the last ones take."""
+    norms = np.random.default_rng(0).lognormal(0.0, 1.0, values).astype(np.float32)
+    there = torch.from_numpy(norms).to(device)
+    history, worst, since = History(None), 0.0, 0.0
+    checked = {*np.random.default_rng(1).choice(values, 50, replace=False).tolist(), values - 1}
+    for i in range(values):
+        if i == values - 1000:
+            since = time.perf_counter()
+        history.record(there[i] if on_accelerator else float(norms[i]))
+        threshold = history.percentile(PERCENTILE)
+        if i in checked and i < values - 1000:
+            worst = max(worst, abs(float(threshold) / np.percentile(norms[: i + 1], PERCENTILE) - 1))
+    if device == "cuda":
+        torch.cuda.synchronize()
+    took = (time.perf_counter() - since) / 1000 * 1e6
+    worst = max(worst, abs(float(threshold) / np.percentile(norms, PERCENTILE) - 1))
+    return {"values": values, "on_accelerator": on_accelerator, "worst_threshold": worst, "step_us": took}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200_000)
@@ -155,9 +175,18 @@ def main() -> None:
             f" {run['worst_threshold']:.1e} of numpy's; memory {first['memory_mb']:.0f} to {last['memory_mb']:.0f} MB,"
             f" {first['step_us']:.0f} to {last['step_us']:.0f} µs per step, {run['entry_kb']:.0f} kB in a checkpoint"
         )
+    on = "cuda" if given.accelerator == "gpu" else "cpu"
+    histories = [full_history(5 * given.steps, on_accelerator=False, device="cpu")]
+    histories.append(full_history(given.steps, on_accelerator=True, device=on))
+    for each in histories:
+        print(
+            f"{each['values']:,} values in the full history, {'tensors' if each['on_accelerator'] else 'floats'}:"
+            f" within {each['worst_threshold']:.1e} of numpy's, the last ones {each['step_us']:.0f} µs each"
+        )
     if given.out:
         device = torch.cuda.get_device_name() if given.accelerator == "gpu" else "CPU"
-        given.out.write_text(json.dumps({"device": device, "torch": torch.__version__, "runs": runs}, indent=1) + "\n")
+        found = {"device": device, "torch": torch.__version__, "runs": runs, "histories": histories}
+        given.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
