@@ -140,7 +140,7 @@ def soak(steps: int, window: int | None, accelerator: str, folder: Path) -> dict
 
 
 def full_history(values: int, on_accelerator: bool, device: str) -> dict[str, Any]:
-    """So many values in a full history: by what part its percentiles differ from numpy's, and what the last ones take."""
+    """So many values in a full history: how far its percentiles are from numpy's, and what the last ones take."""
     norms = np.random.default_rng(0).lognormal(0.0, 1.0, values).astype(np.float32)
     there = torch.from_numpy(norms).to(device)
     history, worst, since = History(None), 0.0, 0.0
