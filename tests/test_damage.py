@@ -142,7 +142,7 @@ def test_what_is_shortened_or_exchanged_is_refused(checkpoint):
 
 def test_a_report_of_a_damaged_checkpoint_is_one_line_or_right(checkpoint, tmp_path):
     state, refused = checkpoint["callbacks"]["GradientClipping"], []
-    for number, (path, by) in enumerate(every_damage(state)[:400]):
+    for number, (path, by) in enumerate(every_damage(state)[:150]):
         callbacks = {"GradientClipping": damaged(state, path, by)}
         torch.save({**checkpoint, "callbacks": callbacks}, tmp_path / "run.ckpt")
         try:
@@ -152,7 +152,7 @@ def test_a_report_of_a_damaged_checkpoint_is_one_line_or_right(checkpoint, tmp_p
             continue
         assert str(run.report())
         assert json.dumps(run.report().to_dict(), allow_nan=False)
-        if number % 20 == 0:
+        if number % 15 == 0:
             assert main(["report", str(tmp_path / "run.ckpt"), "--plot", str(tmp_path / "plot.png")]) == 0
-    assert len(refused) > 200
+    assert len(refused) > 75
     assert all("damaged" in text and len(text) < 1000 for text in refused)

@@ -288,7 +288,7 @@ def test_the_report_of_logged_rows_agrees_as_far_as_rows_go(recorded, capsys, ki
     assert figures["threshold"] == pytest.approx(exact.threshold, rel=1e-4)
     assert any(verdict["name"] == "spikes" for verdict in section["verdicts"])
     assert "-1" not in json.dumps(section["verdicts"]), "unknown batches are not named"
-    assert "from checkpoints only" in output.err
+    assert "Checkpoints know layers and batches" in output.err
     assert Path("rows.png").exists()
 
 
