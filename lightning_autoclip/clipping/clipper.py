@@ -41,8 +41,8 @@ class GradientClipper(Threshold):
     Call :meth:`clip_` between ``backward()`` and ``optimizer.step()``. Each call measures the gradients, records the
     measurement, lets the policy set the threshold from the record (the current step included) and clips in place.
     On an accelerator nothing is read back to the host, except one scalar per step where ``nonfinite="skip"`` meets
-    an optimizer that can neither skip by itself (``fused=True``) nor be skipped by a `GradScaler`, and where
-    ``nonfinite="raise"``.
+    an optimizer that can neither skip by itself (``fused=True``) nor be skipped by a `GradScaler`, where ``skip_above``
+    meets one that is not fused, and where ``nonfinite="raise"``.
 
     Args:
         policy: From recorded norms to a threshold, for example ``Percentile(10)``.

@@ -98,7 +98,7 @@ class Percentile(Policy):
         Seetharaman et al., `AutoClip <https://arxiv.org/abs/2007.14469>`_, 2020.
     """
 
-    percentile: float = 10.0
+    percentile: float = 50.0
     multiplier: float = 1.0
 
     def __post_init__(self) -> None:

@@ -137,9 +137,9 @@ class Recorder:
         for point in points:
             held.add(point)
         if squares is not None and self.layer_depth:
-            shares = shares_of(squares)
-            held.add_shares(trace.names, shares.sum(0).tolist(), len(shares))
             finite = squares[[i for i, point in enumerate(points) if point.finite]]
+            shares = shares_of(finite)
+            held.add_shares(trace.names, shares.sum(0).tolist(), len(shares))
             held.add_norms(norms_by_module(finite, trace.names, self.layer_depth), len(finite))
         return trace, held
 

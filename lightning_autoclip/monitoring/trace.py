@@ -117,7 +117,7 @@ class Trace:
                 self._halve()
             self._keep_if_large(point, None if squares is None else squares[i])
         if squares is not None:
-            shares = shares_of(squares)
+            shares = shares_of(squares[[i for i, point in enumerate(points) if point.finite]])
             for of_step in shares:  # in an order that does not depend on how many steps come at once
                 self._share_sums += of_step
             self._share_steps += shares.shape[0]
