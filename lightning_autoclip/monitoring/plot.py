@@ -76,7 +76,7 @@ def _draw_norms(axes: Axes, trace: Trace, by_value: bool) -> None:
 def _draw_clipping(axes: Axes, trace: Trace) -> None:
     bins = [steps for steps in trace.bins if steps.measured]
     middles = [(steps.first + steps.last) / 2 for steps in bins]
-    axes.plot(middles, [steps.clip_coef_mean for steps in bins], ".", ms=2, color=_CLIPPED, clip_on=False)
+    axes.plot(middles, [steps.clip_coef_mean for steps in bins], ".", ms=3, color=_CLIPPED, clip_on=False, zorder=3)
     bad = [steps for steps in trace.bins if steps.nonfinite]
     if bad:
         label = f"not finite ({sum(steps.nonfinite for steps in bad):.0f})"  # a bin may have several
