@@ -44,6 +44,11 @@ def check_positive(name: str, value: Any) -> float:
     return number
 
 
+def is_infinite(value: Any) -> bool:
+    """Whether it is the number that stands for "not asked for"; an array, which cannot be compared, is not."""
+    return isinstance(value, float) and value == math.inf
+
+
 def check_integer(name: str, value: Any, rule: str, low: int) -> int:
     """Return ``value`` as an int, or raise if it is not a whole number of at least ``low``.
 

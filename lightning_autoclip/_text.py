@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import zlib
 from typing import Any
 
 _MOST_SHOWN = 120  # characters of a value
+_MOST_OF_A_KEY = 80
 
 
 def shown(value: Any) -> str:
@@ -30,13 +32,23 @@ def printable(text: str) -> str:
 
 
 def as_key(name: str) -> str:
-    """A name as a part of a key that every logger takes: other characters as their number.
+    """A name as a part of a key: other characters than letters, digits, ``_``, ``-``, ``.`` and spaces as their number.
+
+    What is longer than loggers take is cut short, and ends in a number that is its own.
 
     Example:
-        >>> as_key("blocks.0.attn"), as_key("a*b=c")
-        ('blocks.0.attn', 'a_2a_b_3d_c')
+        >>> as_key("blocks.0.attn"), as_key("a*b/c")
+        ('blocks.0.attn', 'a_2a_b_2f_c')
     """
-    return re.sub(r"[^\w\-. /:]", lambda found: f"_{ord(found[0]):x}_", name)
+    key = re.sub(r"[^\w\-. ]", lambda found: f"_{ord(found[0]):x}_", name)
+    if len(key) <= _MOST_OF_A_KEY:
+        return key
+    return f"{key[:_MOST_OF_A_KEY]}-{zlib.crc32(key.encode('utf-8', 'replace')):08x}"
+
+
+def as_ascii_key(key: str) -> str:
+    """A key for a logger that strips all other letters, so that two keys could become one."""
+    return re.sub(r"[^\x00-\x7f]", lambda found: f"_{ord(found[0]):x}_", key)
 
 
 def as_cell(text: str) -> str:

@@ -74,10 +74,12 @@ class AutoClip(GradientClipping):
         alert_above: float | None = None,
         verbose: bool = True,
     ) -> None:
-        if max_update_ratio == "auto":
-            max_update_ratio = None if percentile == 100 else MAX_UPDATE_RATIO
+        if isinstance(max_update_ratio, str) and max_update_ratio == "auto":
+            observes = isinstance(percentile, (int, float)) and percentile == 100
+            max_update_ratio = None if observes else MAX_UPDATE_RATIO
         if multiplier is None:
-            multiplier = 3.0 if gradient_clip_algorithm == "value" else 1.0
+            by_value = isinstance(gradient_clip_algorithm, str) and gradient_clip_algorithm == "value"
+            multiplier = 3.0 if by_value else 1.0
         super().__init__(
             Percentile(percentile, multiplier),
             gradient_clip_algorithm=gradient_clip_algorithm,

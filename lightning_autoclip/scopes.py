@@ -9,6 +9,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_autoclip._checks import check_bool, check_integer
+from lightning_autoclip._text import as_key, printable
 from lightning_autoclip.clipping.optimizers import parameters_of, wrapped_in
 from lightning_autoclip.groups import group_by_id, positions_by_group
 from lightning_autoclip.monitoring.recorder import Recorder
@@ -92,9 +93,11 @@ class Scopes:
         # A group may have joined after the last step of the checkpoint, or an optimizer in mid-fit, as it will again.
         if held and not (held >= set(needed) or (self._settings.groups is not None and held <= set(needed))):
             raise MisconfigurationException(
-                f"The checkpoint holds the records {', '.join(held)}, but this run needs {', '.join(needed)}. Resume"
-                " with the optimizers and the groups that the run was started with."
+                f"The checkpoint holds the records {printable(', '.join(held))}, but this run needs"
+                f" {', '.join(needed)}. Resume with the optimizers and the groups that the run was started with."
             )
+        names = [(known.prefix, known.names(found[known.prefix], named)) for known in self.optimizers]
+        self._refuse_exchanged({prefix + group: own for prefix, groups in names for group, own in groups})
         own = {prefix: self._by_prefix.get(prefix) or self._new(prefix) for prefix in needed}
         self._by_prefix = own | {prefix: scope for prefix, scope in self._by_prefix.items() if prefix not in own}
         for scope in self:
@@ -103,6 +106,17 @@ class Scopes:
         for known in self.optimizers:
             known.gate.settle()
             self._take_in(known, found[known.prefix], named)
+
+    def _refuse_exchanged(self, named: dict[str, list[str]]) -> None:
+        """Refuse a record that is of the parameters of another optimizer of this run: they stand in another order."""
+        for prefix, names in named.items():
+            before = set(self._by_prefix[prefix].trace.names) if prefix in self._by_prefix else set[str]()
+            others = [other for other, theirs in named.items() if before and before == set(theirs)]
+            if others and before.isdisjoint(names):
+                raise MisconfigurationException(
+                    f"The checkpoint's record `{prefix}` is of the parameters that `{others[0]}` has in this run, among"
+                    f" them {printable(min(before))}. Return the optimizers in the order that the run was started with."
+                )
 
     def of(self, optimizer: Any, optimizers: Sequence[Any]) -> OptimizerScopes:
         """The scopes of an optimizer that is about to step, also of one that is new or has taken another's place.
@@ -214,7 +228,7 @@ class Scopes:
         if groups is None:
             return {"": None}
         group_of = None if isinstance(groups, str) else group_by_id(groups, named)
-        return {f"{group}/": at for group, at in positions_by_group(optimizer, group_of).items()}
+        return {f"{as_key(group)}/": at for group, at in positions_by_group(optimizer, group_of).items()}
 
 
 def _prefixes(optimizers: Sequence[Any]) -> list[str]:
@@ -229,6 +243,6 @@ def _prefixes(optimizers: Sequence[Any]) -> list[str]:
 
 def _free_prefix(optimizer: Any, taken: Sequence[str]) -> str:
     """The first that no other optimizer has: of its class's name, or of that with a number."""
-    name = type(optimizer).__name__
+    name = as_key(type(optimizer).__name__)
     numbered = chain([name], (f"{name}-{i}" for i in range(1, len(taken) + 1)))
     return next(prefix for each in numbered if (prefix := f"autoclip/{each}/") not in taken)

@@ -90,7 +90,7 @@ class Settings:
         """
         if not is_settings(written):
             raise TypeError(f"these settings: {shown(written)}")
-        changed = {key: value for key, value in self.to_dict().items() if written[key] != value}
+        changed = {key: value for key, value in self.to_dict().items() if not _are_equal(written[key], value)}
         if "gradient_clip_algorithm" in changed:
             raise ValueError(
                 f"The checkpoint's record was made with gradient_clip_algorithm={written['gradient_clip_algorithm']!r},"
@@ -115,6 +115,14 @@ class Settings:
     def __repr__(self) -> str:
         given = self.arguments if self.groups is None else {**self.arguments, "groups": self.groups}
         return f"{self.policy!r}, " + ", ".join(f"{key}={value!r}" for key, value in given.items())
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether they are, as far as they can be compared."""
+    try:
+        return bool(one == other)
+    except (ValueError, RuntimeError, TypeError):  # of an array, which is damage
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -178,13 +178,21 @@ class OptimizerScopes:
     ) -> None:
         """Say which parameters are in which scope, and what they are called."""
         self.scopes = {group: scope_of(self.prefix + group) for group in positions}
-        parameters, names = parameters_of(self.optimizer), dict(reversed(named))  # of several names the first
-        for group, scope in self.scopes.items():
-            scope.positions = positions[group]
-            at = range(len(parameters)) if scope.positions is None else scope.positions
-            chosen = [names.get(id(parameters[i]), f"parameter {i}") for i in at]
-            scope.recorder.follow(chosen, [_numel(parameters[i]) for i in at])
+        parameters = parameters_of(self.optimizer)
+        for group, names in self.names(positions, named):
+            scope, at = self.scopes[group], positions[group]
+            scope.positions = at
+            scope.recorder.follow(
+                names, [_numel(parameters[i]) for i in (range(len(parameters)) if at is None else at)]
+            )
         self._seen = [] if any(map(is_lazy, parameters)) else self._ids()  # lazy ones have a size at the next step
+
+    def names(self, positions: Mapping[str, list[int] | None], named: Named) -> Iterator[tuple[str, list[str]]]:
+        """Per group what its parameters are called; of several names of one the first."""
+        parameters, names = parameters_of(self.optimizer), dict(reversed(named))
+        for group, at in positions.items():
+            places = range(len(parameters)) if at is None else at
+            yield group, [names.get(id(parameters[i]), f"parameter {i}") for i in places]
 
     def keep(self, records: Sequence[StepRecord | None], step: int, epoch: int, batch: int) -> None:
         """Hand the records of a step, one per scope, to the recorders."""

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import Net, loader, trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
@@ -156,3 +158,46 @@ def test_a_report_of_a_damaged_checkpoint_is_one_line_or_right(checkpoint, tmp_p
             assert main(["report", str(tmp_path / "run.ckpt"), "--plot", str(tmp_path / "plot.png")]) == 0
     assert len(refused) > 75
     assert all("damaged" in text and len(text) < 1000 for text in refused)
+
+
+class TwoOptimizers(Net):
+    """Two optimizers of one class, in the order that is given."""
+
+    def __init__(self, *layers: int) -> None:
+        super().__init__()
+        self.layers, self.automatic_optimization = layers, False
+
+    def configure_optimizers(self) -> Any:
+        return [SGD(self.net[i].parameters(), lr=0.01) for i in self.layers]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+
+def test_optimizers_in_another_order_are_refused_and_renamed_ones_go_on(tmp_path):
+    run = trainer(AutoClip(50, verbose=False))
+    run.fit(TwoOptimizers(0, 2), loader())
+    state = run.callbacks[0].state_dict()
+
+    def go_on(*layers: int, **names: str) -> AutoClip:
+        autoclip = AutoClip(50, verbose=False)
+        autoclip.load_state_dict(state)
+        for trace in autoclip.traces.values():
+            trace.names = [names.get("called", "") + name for name in trace.names]
+        trainer(autoclip).fit(TwoOptimizers(*layers), loader())
+        return autoclip
+
+    assert [clipper.steps for clipper in go_on(0, 2).clippers] == [32, 32]
+    assert [clipper.steps for clipper in go_on(2, 0, called="before.").clippers] == [32, 32]
+    with pytest.raises(MisconfigurationException, match="is of the parameters that `autoclip/SGD-1/` has in this run"):
+        go_on(2, 0)
+
+
+def test_settings_that_cannot_be_compared_are_changed_ones(checkpoint):
+    state = checkpoint["callbacks"]["GradientClipping"]
+    changed = {**state, "settings": {**state["settings"], "window": np.array([1, 2])}}
+    with pytest.warns(match="written with window=array"):
+        AutoClip(50, groups="param_groups", **ARGUMENTS).load_state_dict(changed)

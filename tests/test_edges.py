@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from helpers import Net, loader, trainer, with_gradient
@@ -136,6 +137,16 @@ def test_policies_refuse_them_too(value):
     for make in (Percentile, AutoClip, Constant, ZScore, lambda window: History(window=window)):
         with pytest.raises((ValueError, TypeError), match=r"^Expected `"):
             make(value)
+
+
+ARRAYS = [np.array([1, 2]), torch.ones(2), torch.ones((), device="meta"), [1, 2], {}]
+
+
+@pytest.mark.parametrize("value", ARRAYS, ids=["array", "tensor", "meta tensor", "list", "dict"])
+@pytest.mark.parametrize("name", [*ARGUMENTS, "alert_above", "log_layers", "gradient_clip_algorithm", "nonfinite"])
+def test_an_array_is_refused_by_name(name, value):
+    with pytest.raises((ValueError, TypeError), match=f"Expected `{name}` to "):
+        AutoClip(**{name: value})
 
 
 class Unprintable:

@@ -145,6 +145,78 @@ def test_a_file_may_have_any_name(name, capsys):
     assert_harmless(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("clipped_fraction", "7"),
+        ("clip_coef_mean", "-1"),
+        ("threshold", "-1"),
+        ("step", "1e30"),
+        ("skipped_total", "1e30"),
+    ],
+)
+def test_a_row_that_cannot_be_is_told(key, value, capsys):
+    name = f"autoclip/{key}"
+    lines = [f"{line},{value if i else name}" for i, line in enumerate(rows(1.0, 2.0).splitlines())]
+    Path("metrics.csv").write_text("\n".join(lines))
+    assert main(["report", "metrics.csv"]) == 1
+    assert f"it has {float(value):g} as `{name}`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["1e30", "1e300", "-5"])
+def test_a_step_that_cannot_be_is_told_in_short(step, capsys):
+    Path("metrics.csv").write_text(rows(1.0).replace("0,9,", f"0,{step},"))
+    assert main(["report", "metrics.csv"]) == 1
+    assert f"it has {float(step):g} as `step`" in capsys.readouterr().err
+
+
+def test_rows_out_of_order_are_told(capsys):
+    head, *lines = rows(*map(float, range(1, 20))).splitlines()
+    Path("metrics.csv").write_text("\n".join([head, *reversed(lines)]))
+    assert main(["report", "metrics.csv"]) == 1
+    assert "its rows are not in order, step 179 is behind step 189" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["", "nan", "inf", '"1,5"'])
+def test_a_mean_that_is_missing_is_no_zero(missing, capsys):
+    head, *lines = rows(*[3.0] * 30).splitlines()
+    lines = [re.sub("3.0,3.0,3.0", f"3.0,{missing},3.0", line) for line in lines]
+    Path("metrics.csv").write_text("\n".join([head, *lines]))
+    assert main(["report", "metrics.csv"]) == 1
+    assert "it has no `autoclip/grad_norm_mean`" in capsys.readouterr().err
+
+
+def test_a_mark_at_the_start_of_a_file_is_no_part_of_its_first_column(capsys):
+    text = rows(1.0, 2.0).replace("epoch,step", "step,epoch").replace("0,9,", "9,0,").replace("0,19,", "19,0,")
+    Path("metrics.csv").write_text(text, encoding="utf-8-sig")
+    assert main(["report", "metrics.csv"]) == 0
+    assert "20 steps" in capsys.readouterr().out
+
+
+def test_groups_and_layers_stay_apart_in_mlflow(tmp_path, capsys):
+    """Lightning strips there what is no letter, digit or one of `_/. -`."""
+
+    class Nested(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.ModuleDict({"a/b": nn.Linear(4, 8), "a": nn.Linear(8, 1), "x" * 300: nn.Linear(1, 1)})
+
+        def loss(self, batch: list[Tensor]) -> Tensor:
+            x, y, scale = batch
+            for module in self.net.values():
+                x = module(x)
+            return ((x - y).square().squeeze(1) * scale).mean()
+
+    groups = {"a:b": "net.a/b.*", "a,b": "net.a.*", "ü": "net.x*.weight", "#": "net.x*.bias"}
+    autoclip = AutoClip(50, groups=groups, log_layers=True, verbose=False)
+    trainer(autoclip, logger=MAKERS["mlflow"](tmp_path), log_every_n_steps=4).fit(Nested(), loader())
+    series = READERS["mlflow"](tmp_path)
+    norms = [key for key in series if key.endswith("/grad_norm_mean")]
+    assert len(norms) == 4
+    assert len({tuple(series[key]) for key in norms}) == 4
+    assert len([key for key in series if key.startswith("autoclip_layers/")]) == 4
+
+
 @pytest.mark.parametrize("norm", ["1e308", "-1e39", "4e38"])
 def test_a_number_that_is_no_norm_is_told(norm, capsys):
     Path("metrics.csv").write_text(rows(1.0, 2.0).replace(",2.0,", f",{norm},"))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD
 
-from lightning_autoclip._checks import check_positive
+from lightning_autoclip._checks import check_positive, is_infinite
 from lightning_autoclip._text import shown
 from lightning_autoclip.clipping import _numbers
 from lightning_autoclip.clipping._numbers import Number, constant, single
@@ -131,7 +131,7 @@ class StepBound:
     """
 
     def __init__(self, ratio: float) -> None:
-        self.ratio = ratio if ratio == math.inf else check_positive("max_update_ratio", ratio)
+        self.ratio = ratio if is_infinite(ratio) else check_positive("max_update_ratio", ratio)
         self.forget()
 
     def forget(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_autoclip._checks import check_integer, check_number
+from lightning_autoclip._checks import check_integer, check_number, is_infinite
 from lightning_autoclip.clipping._numbers import Number, constant
 from lightning_autoclip.clipping.record import History
 
@@ -34,7 +34,8 @@ class Outliers:
     """
 
     def __init__(self, times: float) -> None:
-        self.times = times if times == math.inf else check_number("skip_above", times, "a number of at least 1", 1)
+        least = "a number of at least 1"
+        self.times = times if is_infinite(times) else check_number("skip_above", times, least, 1)
         self.in_a_row: Number = 0.0
 
     @property

@@ -15,7 +15,7 @@ import yaml
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_autoclip._text import as_cell, as_markdown
+from lightning_autoclip._text import as_ascii_key, as_cell, as_markdown
 from lightning_autoclip.monitoring import wandb
 from lightning_autoclip.monitoring.logs import CONFIG_KEY, is_settings, replace_text
 from lightning_autoclip.monitoring.recorder import Row
@@ -52,9 +52,14 @@ def describe(loggers: Iterable[Logger], settings: Mapping[str, Any], hparams: Ma
             elif _is(logger, "TensorBoardLogger"):
                 _add_to_hparams_file(logger, written[CONFIG_KEY], step)
             else:
-                logger.log_hyperparams(written)
+                logger.log_hyperparams(_flat(written) if _is(logger, "MLFlowLogger") else written)
         except Exception as error:  # MLflow refuses another value in a run that is resumed
             rank_zero_warn(f"The callback's settings could not be logged to `{name}`: {error}")
+
+
+def _flat(written: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings without names of the user's as keys, of which MLflow takes few."""
+    return {key: {**settings, "groups": str(settings.get("groups"))} for key, settings in written.items()}
 
 
 def _hparams_of(logger: Any) -> Mapping[str, Any]:
@@ -120,8 +125,9 @@ def send(loggers: Iterable[Logger], rows: Sequence[Row], taken: list[Logger]) ->
 
 
 def _send(logger: Logger, rows: Sequence[Row]) -> None:
-    keeps_columns = _is(logger, "CSVLogger")
+    keeps_columns, takes_ascii = _is(logger, "CSVLogger"), _is(logger, "MLFlowLogger")
     for step, row in rows:
+        row = {as_ascii_key(key): value for key, value in row.items()} if takes_ascii else row
         finite: Any = {key: value for key, value in row.items() if math.isfinite(value)}
         if keeps_columns or finite:
             logger.log_metrics(dict.fromkeys(row) | finite if keeps_columns else finite, step=step)

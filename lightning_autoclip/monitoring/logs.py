@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -96,7 +97,7 @@ def _is_percentile(value: Any) -> bool:
 
 
 def _of_csv(path: Path) -> Log:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # programs for tables begin it with a mark
         try:
             rows = [_ours(row, "step") for row in csv.DictReader(file)]
         except (ValueError, TypeError, csv.Error, UnicodeDecodeError) as error:
@@ -213,9 +214,11 @@ def _numbers(item: Mapping[str, Any], step: str) -> Iterator[tuple[str, float]]:
     for key, value in item.items():
         if key is not None and (key == step or "autoclip" in key):
             try:
-                yield "step" if key == step else key, float(value)
+                number = float(value)
             except (TypeError, ValueError):
                 continue  # a table, or an empty cell
+            if math.isfinite(number):
+                yield "step" if key == step else key, number
 
 
 def _settings_beside(path: Path) -> dict[str, Any] | None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 STATE_KEY = "GradientClipping"  # of the callback in a checkpoint
 _KEYS = ("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "clipped_fraction")  # if any is finite
 _COUNT = "nonfinite_total"  # in every row
+_FRACTIONS = ("clipped_fraction", "bounded_fraction", "clip_coef_mean", "clip_coef_min")
+_COUNTS, _MOST_STEPS = ("step", "_step", "_total"), 2.0**53
 _UNKNOWN: dict[str, Any] = {
     "policy": {"name": "unknown"},
     "gradient_clip_algorithm": "norm",
@@ -121,9 +123,15 @@ def _exact(trace: Trace, history: list[float]) -> list[float]:
 
 def _of_log(log: Log) -> RecordedRun:
     """From logged rows: a bin per row, and the series of steps if ``log_every_step`` logged it."""
-    rows, settings = [row for row in log.rows if math.isfinite(row["step"])], _UNKNOWN | (log.settings or {})
+    rows, settings = log.rows, _UNKNOWN | (log.settings or {})
     for row in rows:
         _check(row, log.source)
+    for before, after in pairwise(rows):
+        if after["step"] < before["step"]:
+            raise ValueError(
+                f"{log.source} is damaged: its rows are not in order, step {after['step']:g} is behind step"
+                f" {before['step']:g}. Sort them, or take apart what is of several runs."
+            )
     keys = {key for row in rows for key in row if "autoclip/" in key and key.endswith(f"/{_COUNT}")}
     prefixes = sorted(key.removesuffix(_COUNT) for key in keys)
     traces, norms = {}, {}
@@ -140,6 +148,10 @@ def _of_log(log: Log) -> RecordedRun:
         if any(f"{prefix}grad_rms" in row for row in found):
             settings["gradient_clip_algorithm"] = "value"
         for row in found:
+            if math.isnan(row[prefix + "grad_norm_mean"]) and row[prefix + _COUNT] <= nonfinite and trace.bins:
+                raise ValueError(
+                    f"{log.source} is damaged: at step {row['step']:g} it has no `{prefix}grad_norm_mean`."
+                )
             trace.bins.append(_bin(row, prefix, max(last, -1.0), row["step"], nonfinite))
             trace.bins[-1].left_out = max(row.get(f"{prefix}skipped_total", 0.0) - skipped, 0.0)
             if math.isfinite(row[prefix + "grad_norm_max_step"]) and row[prefix + "grad_norm_max"] > 0:
@@ -163,8 +175,9 @@ def _of_log(log: Log) -> RecordedRun:
 def _check(row: Row, source: str) -> None:
     """Refuse what no row of this library can hold."""
     for key, value in row.items():
-        if abs(value) > LARGEST and math.isfinite(value):
-            raise ValueError(f"{source} is damaged: at step {row['step']:.0f} it has {value:g} as `{key}`.")
+        most = 1.001 if key.endswith(_FRACTIONS) else _MOST_STEPS if key.endswith(_COUNTS) else LARGEST
+        if not 0 <= value <= most:
+            raise ValueError(f"{source} is damaged: at step {row['step']:g} it has {value:g} as `{key}`.")
 
 
 def _why_nothing(log: Log) -> str:
@@ -198,6 +211,9 @@ def _bin(row: Row, prefix: str, before: float, step: float, nonfinite: float) ->
     summary = Summary(
         before + 1, step, steps, min(bad, steps), threshold=threshold if threshold < math.inf else math.nan
     )
+    if math.isnan(mean):  # none of its steps was finite
+        summary.steps = summary.nonfinite = max(min(bad, steps), 1.0)
+        return summary
     if not mean > 0:
         summary.zero = finite
         return summary

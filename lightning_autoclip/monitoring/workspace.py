@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from lightning_autoclip._text import shown
+from lightning_autoclip._text import as_key, shown
 from lightning_autoclip.monitoring.recorder import SECTIONS
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def create_workspace(
     start = f"{prefix}-" if prefix else ""  # as `WandbLogger` joins them
     several = [f"{name}/" for name in optimizers] if len(optimizers) > 1 else [""]
     sections = []
-    for name in ["".join(pair) for pair in product(several, [f"{group}/" for group in groups] or [""])]:
+    for name in ["".join(pair) for pair in product(several, [f"{as_key(group)}/" for group in groups] or [""])]:
         panels: list[Any] = [
             LinePlot(title=title, x=_X, y=[f"{start}autoclip/{name}{key}" for key in keys], **options)
             for title, keys, options in _PANELS
