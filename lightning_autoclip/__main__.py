@@ -51,6 +51,11 @@ def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
     print(json.dumps(report.to_dict(), indent=1) if as_json else f"{printable(run.source)}\n{report}")
     if not any(trace.names for trace in run.traces.values()):
         print("These are logged rows: norms are their means. Checkpoints know layers and batches too.", file=sys.stderr)
+    if begins := min((trace.bins[0].first for trace in run.traces.values() if trace.bins), default=0.0):
+        print(
+            f"They begin at step {begins:.0f}: the steps before are in another folder, or a checkpoint.",
+            file=sys.stderr,
+        )
     try:
         figure = run.plot()
     except ImportError:
@@ -82,7 +87,7 @@ def _save(figure: Figure, plot: Path | None) -> tuple[Path, str]:
     for path in (_PLOT, *(_PLOT.with_stem(f"{_PLOT.stem}-{number}") for number in range(1, 1000))):
         if not path.exists():
             path.write_bytes(drawn)
-            return path, "" if path == _PLOT else f" ({_PLOT} shows another run: `--plot {_PLOT}` would replace it)"
+            return path, "" if path == _PLOT else f" ({_PLOT} shows something else: `--plot {_PLOT}` would replace it)"
         if path.read_bytes() == drawn:
             return path, " (as it was)"
     raise OSError("there are a thousand of them: name one with `--plot`")

@@ -210,8 +210,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         try:
             known.keep(self._clipping.clip(parts, optimizer, scaler), *where)
         except NonFiniteGradientError as error:
-            known.keep(error.records, *where)
-            raise located(error, trainer, pl_module, self._batch_idx) from None
+            raise located(error, pl_module, known.keep(error.records, *where)) from None
 
     @in_a_loop
     def on_train_batch_end(
@@ -320,8 +319,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         Returns:
             At most 20 of each, for every optimizer: ``optimizer`` (the prefix of its keys), ``step`` (of the loggers),
             ``epoch``, ``batches``, ``norm``, ``times`` (in units of the typical norm up to there), ``threshold``,
-            ``clip_coef`` and ``parameters`` (those with the largest shares of the squared norm, or those that were
-            not finite).
+            ``clip_coef``, ``left_out`` (for its size) and ``parameters`` (those with the largest shares of the squared
+            norm, or those that were not finite).
         """
         return self._scopes.spikes()
 

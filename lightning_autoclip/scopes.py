@@ -49,12 +49,11 @@ class Scopes:
         return {prefix: scope.trace for prefix, scope in self._by_prefix.items()}
 
     def spikes(self) -> list[dict[str, Any]]:
-        """The first steps of each scope that were not finite, then its largest: the rows of the spike table."""
-        return [
-            {"optimizer": prefix.strip("/"), **spike.to_dict()}
-            for prefix, trace in self.traces.items()
-            for spike in [*trace.nonfinite, *trace.largest]
-        ]
+        """The first steps that were not finite, then the largest of each scope: the rows of the spike table."""
+        bad = [(prefix, spike) for prefix, trace in self.traces.items() for spike in trace.nonfinite]
+        large = [(prefix, spike) for prefix, trace in self.traces.items() for spike in trace.largest]
+        bad.sort(key=lambda each: each[1].point.step)
+        return [{"optimizer": prefix.strip("/"), **spike.to_dict()} for prefix, spike in [*bad, *large]]
 
     def forget(self) -> None:
         """Start with empty records."""
@@ -97,7 +96,8 @@ class Scopes:
                 f" {', '.join(needed)}. Resume with the optimizers and the groups that the run was started with."
             )
         names = [(known.prefix, known.names(found[known.prefix], named)) for known in self.optimizers]
-        self._refuse_exchanged({prefix + group: own for prefix, groups in names for group, own in groups})
+        if not isinstance(self._settings.groups, dict):  # other patterns have been warned of
+            self._refuse_exchanged({prefix + group: own for prefix, groups in names for group, own in groups})
         own = {prefix: self._by_prefix.get(prefix) or self._new(prefix) for prefix in needed}
         self._by_prefix = own | {prefix: scope for prefix, scope in self._by_prefix.items() if prefix not in own}
         for scope in self:

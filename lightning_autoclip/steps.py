@@ -13,9 +13,9 @@ from lightning_autoclip.clipping.clipper import GradientClipper
 from lightning_autoclip.clipping.gate import StepGate
 from lightning_autoclip.clipping.optimizers import parameters_of
 from lightning_autoclip.clipping.step import StepRecord
-from lightning_autoclip.monitoring.held import Held
+from lightning_autoclip.monitoring.held import NOTHING, Held
 from lightning_autoclip.monitoring.recorder import Recorder
-from lightning_autoclip.monitoring.summary import Summary
+from lightning_autoclip.monitoring.summary import Point, Summary
 from lightning_autoclip.monitoring.trace import Trace
 
 Named = Sequence[tuple[int, str]]
@@ -194,14 +194,15 @@ class OptimizerScopes:
             places = range(len(parameters)) if at is None else at
             yield group, [names.get(id(parameters[i]), f"parameter {i}") for i in places]
 
-    def keep(self, records: Sequence[StepRecord | None], step: int, epoch: int, batch: int) -> None:
-        """Hand the records of a step, one per scope, to the recorders."""
+    def keep(self, records: Sequence[StepRecord | None], step: int, epoch: int, batch: int) -> Point:
+        """Hand the records of a step, one per scope, to the recorders; where it is, is returned."""
         first = batch if self.first_batch is None else self.first_batch
         self.first_batch = None
         self.measured += any(record is not None for record in records)
         for scope, record in zip(self.scopes.values(), records, strict=True):
             if record is not None:
                 scope.recorder.add(record, step=step, epoch=epoch, first_batch=first, last_batch=batch)
+        return NOTHING._replace(step=step, epoch=epoch, first_batch=first, last_batch=batch)
 
 
 def _numel(parameter: Tensor) -> int:

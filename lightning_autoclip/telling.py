@@ -16,6 +16,7 @@ from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.monitoring import live, loggers
 from lightning_autoclip.monitoring.recorder import Row, joined
 from lightning_autoclip.monitoring.report import Report
+from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.verdicts import where
 from lightning_autoclip.scopes import Scopes
 from lightning_autoclip.settings import Settings
@@ -208,16 +209,14 @@ class Telling:
                 rank_zero_warn(f"`{self._name}` {why}")
 
 
-def located(
-    error: NonFiniteGradientError, trainer: Trainer, pl_module: LightningModule, batch_idx: int | None
-) -> NonFiniteGradientError:
-    """The error with what only the Trainer knows: step, batch and the parameters' names."""
+def located(error: NonFiniteGradientError, pl_module: LightningModule, point: Point) -> NonFiniteGradientError:
+    """The error with what only the Trainer knows: step, batches and the parameters' names."""
     names = dict(reversed(parameter_names(pl_module)))
     bad = printable(", ".join(names.get(id(each), "(not in the model)") for each in error.parameters))
     which = f" They are: {bad}." if bad else ""  # an engine does not tell
-    where = f"At optimizer step {trainer.global_step} (epoch {trainer.current_epoch}, batch {batch_idx}):"
     return NonFiniteGradientError(
-        f'{where} {error}{which} Look at that batch, or use `nonfinite="skip"` to leave such steps out.',
+        f"At optimizer {where(point)}: {error}{which} Look at that batch, or use"
+        ' `nonfinite="skip"` to leave such steps out.',
         error.parameters,
         error.records,
     )

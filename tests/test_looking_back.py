@@ -411,7 +411,7 @@ def test_a_picture_of_another_run_is_not_overwritten_unasked(recorded, capsys):
 
     Path("autoclip.png").write_bytes(b"of another run")
     said = report()
-    assert "Plot: autoclip-1.png (autoclip.png shows another run: `--plot autoclip.png` would replace it)" in said
+    assert "Plot: autoclip-1.png (autoclip.png shows something else: `--plot autoclip.png` would replace it)" in said
     assert Path("autoclip.png").read_bytes() == b"of another run"
     assert matplotlib.image.imread("autoclip-1.png").shape[1] > 600
     assert "Plot: autoclip-1.png (as it was)" in report()

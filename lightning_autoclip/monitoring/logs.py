@@ -165,10 +165,12 @@ def _directories_of_run(path: Path) -> list[Path]:
     found = sorted({file.name for file in [*path.glob("*.wandb")] or path.glob("*run-*/*.wandb")})
     if not found:
         below = {file.parent for kind in _FILES for file in islice(path.rglob(kind), _MOST_NAMED)}
+        below |= {*islice(path.rglob("*.ckpt"), _MOST_NAMED)}
         named = ", ".join(sorted(str(folder) for folder in below)[:_MOST_NAMED])
+        found_below = f" There are runs or checkpoints below it: name one of {named}." if named else ""
         raise ValueError(
             f"Expected {path} to hold the `.wandb` file of an offline run (as wandb/latest-run), a `metrics.csv` or"
-            " the events of a TensorBoard run" + (f". There are runs below it: name one of {named}." if named else ".")
+            f" the events of a TensorBoard run.{found_below}"
         )
     if len(found) > 1:
         runs = ", ".join(name.removeprefix("run-").removesuffix(".wandb") for name in found)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_autoclip._text import as_markdown, printable
 from lightning_autoclip.monitoring.trace import Trace
-from lightning_autoclip.monitoring.verdicts import LEAST_STEPS, Figures, Verdict, figures_of, verdicts_of
+from lightning_autoclip.monitoring.verdicts import LEAST_STEPS, Figures, Verdict, figures_of, is_enough, verdicts_of
 
 _TOO_FEW = "too few steps to tell"
 _WIDTH = 100  # of a printed line
@@ -31,6 +31,7 @@ class Section:
         verdicts: What that may mean.
         measure: What the norms among the figures are: the ``"norm"``, or by value the ``"root-mean-square entry"``.
         unbounded: Whether ``max_update_ratio`` was asked for, and the optimizer is none that it can be had of.
+        enough: Whether there is enough to tell how norms went.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Section:
     verdicts: tuple[Verdict, ...]
     measure: str = "norm"
     unbounded: bool = False
+    enough: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Report:
     def summary(self) -> str:
         """The verdicts' names, or ``"healthy"``, or that there is too little to tell."""
         names = dict.fromkeys(verdict.name for verdict in self.verdicts)
-        enough = any(section.figures.steps >= LEAST_STEPS for section in self.sections)
+        enough = any(section.enough for section in self.sections)
         return "; ".join(names) or ("healthy" if enough else _TOO_FEW)
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,13 +99,15 @@ def report_of(traces: Mapping[str, Trace], settings: Mapping[str, Any], has_scal
             measure = "norm" if settings["gradient_clip_algorithm"] == "norm" else "root-mean-square entry"
             verdicts = tuple(verdicts_of(trace, figures, has_scaler))
             unbounded = settings.get("max_update_ratio") is not None and math.isnan(figures.bounded_fraction)
-            sections.append(Section(prefix.strip("/"), figures, verdicts, measure, unbounded))
+            enough = is_enough(trace, figures)
+            sections.append(Section(prefix.strip("/"), figures, verdicts, measure, unbounded, enough))
     return Report(tuple(sections))
 
 
-def _nothing(figures: Figures) -> str:
+def _nothing(section: Section) -> str:
     """What to say where there is no verdict."""
-    return ("Healthy" if figures.steps >= LEAST_STEPS else _TOO_FEW).capitalize()
+    too_few = _TOO_FEW if section.figures.steps < LEAST_STEPS else _TOO_FEW.replace("steps", "rows")
+    return ("Healthy" if section.enough else too_few).capitalize()
 
 
 def _plain(value: Any) -> Any:
@@ -129,7 +133,7 @@ def _lines(section: Section) -> Iterator[str]:
         f"{section.name}: {figures.steps:,} steps{clipped}; typical {section.measure} {_course(figures)}, threshold"
         f" {figures.threshold:.3g}{_bound(section)}{_left_out(figures)}."
     )
-    text = printable(text + ("" if section.verdicts else f" {_nothing(figures)}."))
+    text = printable(text + ("" if section.verdicts else f" {_nothing(section)}."))
     yield fill(text, _WIDTH, subsequent_indent="  ")
     yield from (fill(printable(f"  - {each}"), _WIDTH, subsequent_indent="    ") for each in section.verdicts)
 
@@ -172,5 +176,5 @@ def _markdown(section: Section) -> Iterator[str]:
     for verdict in section.verdicts:  # whose own words have marks too
         told = printable(f"{verdict.evidence} {verdict.advice}").replace("<", r"\<")
         yield f"- **{verdict.name}**: {told}"
-    yield from (() if section.verdicts else (f"{_nothing(section.figures)}.",))
+    yield from (() if section.verdicts else (f"{_nothing(section)}.",))
     yield ""

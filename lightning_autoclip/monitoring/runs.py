@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -124,16 +124,9 @@ def _exact(trace: Trace, history: list[float]) -> list[float]:
 def _of_log(log: Log) -> RecordedRun:
     """From logged rows: a bin per row, and the series of steps if ``log_every_step`` logged it."""
     rows, settings = log.rows, _UNKNOWN | (log.settings or {})
-    for row in rows:
-        _check(row, log.source)
-    for before, after in pairwise(rows):
-        if after["step"] < before["step"]:
-            raise ValueError(
-                f"{log.source} is damaged: its rows are not in order, step {after['step']:g} is behind step"
-                f" {before['step']:g}. Sort them, or take apart what is of several runs."
-            )
+    _check(rows, log.source)
     keys = {key for row in rows for key in row if "autoclip/" in key and key.endswith(f"/{_COUNT}")}
-    prefixes = sorted(key.removesuffix(_COUNT) for key in keys)
+    prefixes = sorted((key.removesuffix(_COUNT) for key in keys), key=lambda prefix: prefix.split("/"))
     traces, norms = {}, {}
     for prefix in prefixes:
         unknown = {prefix + key: math.nan for key in _KEYS}  # rows without a finite step have none of them
@@ -148,10 +141,8 @@ def _of_log(log: Log) -> RecordedRun:
         if any(f"{prefix}grad_rms" in row for row in found):
             settings["gradient_clip_algorithm"] = "value"
         for row in found:
-            if math.isnan(row[prefix + "grad_norm_mean"]) and row[prefix + _COUNT] <= nonfinite and trace.bins:
-                raise ValueError(
-                    f"{log.source} is damaged: at step {row['step']:g} it has no `{prefix}grad_norm_mean`."
-                )
+            if math.isnan(row[key := f"{prefix}grad_norm_mean"]) and row[prefix + _COUNT] <= nonfinite and trace.bins:
+                raise ValueError(f"{log.source} is damaged: at step {row['step']:g} it has no `{key}`.")
             trace.bins.append(_bin(row, prefix, max(last, -1.0), row["step"], nonfinite))
             trace.bins[-1].left_out = max(row.get(f"{prefix}skipped_total", 0.0) - skipped, 0.0)
             if math.isfinite(row[prefix + "grad_norm_max_step"]) and row[prefix + "grad_norm_max"] > 0:
@@ -172,12 +163,19 @@ def _of_log(log: Log) -> RecordedRun:
     return RecordedRun(log.source, traces, norms, settings)
 
 
-def _check(row: Row, source: str) -> None:
-    """Refuse what no row of this library can hold."""
-    for key, value in row.items():
-        most = 1.001 if key.endswith(_FRACTIONS) else _MOST_STEPS if key.endswith(_COUNTS) else LARGEST
-        if not 0 <= value <= most:
-            raise ValueError(f"{source} is damaged: at step {row['step']:g} it has {value:g} as `{key}`.")
+def _check(rows: Sequence[Row], source: str) -> None:
+    """Refuse what rows of this library cannot be."""
+    for row in rows:
+        for key, value in row.items():
+            most = 1.001 if key.endswith(_FRACTIONS) else _MOST_STEPS if key.endswith(_COUNTS) else LARGEST
+            if not 0 <= value <= most:
+                raise ValueError(f"{source} is damaged: at step {row['step']:g} it has {value:g} as `{key}`.")
+    for before, after in pairwise(rows):
+        if after["step"] < before["step"]:
+            raise ValueError(
+                f"{source} is damaged: its rows are not in order, step {after['step']:g} is behind step"
+                f" {before['step']:g}. Sort them, or take apart what is of several runs."
+            )
 
 
 def _why_nothing(log: Log) -> str:

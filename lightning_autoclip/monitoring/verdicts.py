@@ -12,6 +12,7 @@ from lightning_autoclip.monitoring.trace import Spike, Trace, by_module
 
 # Each threshold is argued in docs/monitoring.md.
 LEAST_STEPS = 50  # fewer tell nothing of a trend
+LEAST_BINS = 30  # of a logged row nobody knows more than its mean and its largest norm
 RISEN = 10.0  # times, from the first steps to the largest tenth of the run
 RISING = 5.0  # likewise, where clipping is also far more frequent than it should be
 FALLEN = 1000.0  # times, from the first tenth of the steps to the last
@@ -141,7 +142,7 @@ def verdicts_of(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Ve
     yield from _of_nonfinite(trace, figures, has_scaler)
     yield from _of_left_out(trace, figures)
     yield from _of_clipping_before(Summary.merged(trace.bins))
-    if figures.steps < LEAST_STEPS:
+    if not is_enough(trace, figures):
         return
     verdict_of_bound = list(_of_bound(figures))
     yield from verdict_of_bound
@@ -153,12 +154,18 @@ def verdicts_of(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Ve
     yield from _of_layers(trace)
 
 
+def is_enough(trace: Trace, figures: Figures) -> bool:
+    """Whether there are enough steps, and of logged rows enough of them, to tell how norms went."""
+    return figures.steps >= LEAST_STEPS and len(trace.bins) >= LEAST_BINS
+
+
 def _of_nonfinite(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
     if figures.nonfinite > (max(20, OVERFLOWS * figures.steps) if has_scaler else 0):
         first = named = beyond = ""
         if not trace.nonfinite:  # logged rows only count them
             row = next(steps for steps in trace.bins if steps.nonfinite)
-            first = f", the first of them in steps {row.first:.0f} to {row.last:.0f}"
+            steps = f"steps {row.first:.0f} to {row.last:.0f}" if row.steps > 1 else f"step {row.last:.0f}"
+            first = f", the first of them in {steps}"
         else:
             named = ", ".join(name for name, _ in trace.nonfinite[0].parameters)
             named = "other groups" if math.isfinite(trace.nonfinite[0].point.norm) else named
