@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.optim import SGD
 
-from lightning_autoclip import AutoClip
+from lightning_autoclip import AutoClip, NonFiniteGradientError
 from lightning_autoclip.__main__ import main
 from lightning_autoclip.monitoring.runs import read_run
 
@@ -201,3 +201,41 @@ def test_settings_that_cannot_be_compared_are_changed_ones(checkpoint):
     changed = {**state, "settings": {**state["settings"], "window": np.array([1, 2])}}
     with pytest.warns(match="written with window=array"):
         AutoClip(50, groups="param_groups", **ARGUMENTS).load_state_dict(changed)
+
+
+def test_an_error_names_the_step_of_the_loggers_and_all_batches_of_an_accumulation():
+    class Bad(Net):
+        def on_after_backward(self):
+            if self.trainer.fit_loop.epoch_loop.batch_idx == 6:
+                self.net[0].weight.grad[0, 0] = math.nan
+
+    with pytest.raises(
+        NonFiniteGradientError, match=r"At optimizer step 3 \(epoch 0, batch 6 to 7\): .*net\.0\.weight"
+    ):
+        trainer(AutoClip(50, nonfinite="raise"), accumulate_grad_batches=2).fit(Bad(), loader())
+
+
+def test_an_error_counts_steps_as_the_report_does_with_two_optimizers():
+    class Bad(TwoOptimizers):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 5:
+                batch = [*batch[:2], batch[2] * math.nan]
+            super().training_step(batch, batch_idx)
+
+    with pytest.raises(NonFiniteGradientError, match=r"At optimizer step 5 \(epoch 0, batch 5\)"):
+        trainer(AutoClip(50, nonfinite="raise")).fit(Bad(0, 2), loader())
+
+
+def test_what_was_not_finite_comes_first_in_the_table_of_several_optimizers():
+    class Bad(TwoOptimizers):
+        def on_after_backward(self):
+            if self.trainer.fit_loop.epoch_loop.batch_idx == 6 and self.net[2].weight.grad is not None:
+                self.net[2].weight.grad[0, 0] = math.nan
+
+    autoclip = AutoClip(50, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(autoclip).fit(Bad(0, 2), loader())
+    first, second = autoclip.spikes()[:2]
+    assert (first["optimizer"], first["step"]) == ("autoclip/SGD-1", 6)
+    assert math.isfinite(second["norm"])

@@ -249,8 +249,12 @@ def test_a_folder_above_the_runs_names_them(capsys):
         Path(f"logs/version_{version}/metrics.csv").write_text(rows(1.0, 2.0))
     assert main(["report", "logs"]) == 1
     told = capsys.readouterr().err
-    assert re.search(r"There are runs below it: name one of \S*logs/version_", told)
+    assert re.search(r"There are runs or checkpoints below it: name one of \S*logs/version_", told)
     assert told.count("version_") == 5
+    Path("saved").mkdir()
+    Path("saved/last.ckpt").write_bytes(b"")
+    assert main(["report", "saved"]) == 1
+    assert "saved/last.ckpt" in capsys.readouterr().err
     Path("empty").mkdir()
     assert main(["report", "empty"]) == 1
     assert "below it" not in capsys.readouterr().err
@@ -291,3 +295,19 @@ def test_parameters_are_called_by_their_names_in_the_record():
     trainer(autoclip).fit(Odd(), loader())
     assert "net.a*b.weight" in autoclip.traces["autoclip/"].names
     assert torch.isfinite(torch.tensor([*autoclip.traces["autoclip/"].shares.values()])).all()
+
+
+def test_of_few_rows_no_verdict_is_given_on_how_norms_went(capsys):
+    Path("metrics.csv").write_text(rows(*[1.0] * 8, 90.0, *[1.2] * 11))
+    assert main(["report", "metrics.csv"]) == 0
+    assert "Too few rows to tell." in " ".join(capsys.readouterr().out.split())
+    Path("metrics.csv").write_text(rows(*[1.0, 1.2, 0.9] * 20))
+    assert main(["report", "metrics.csv"]) == 0
+    assert "Healthy." in " ".join(capsys.readouterr().out.split())
+
+
+def test_rows_of_a_part_say_where_they_begin(capsys):
+    head, *lines = rows(*[1.0, 1.2, 0.9] * 20).splitlines()
+    Path("metrics.csv").write_text("\n".join([head, *lines[30:]]))
+    assert main(["report", "metrics.csv"]) == 0
+    assert "They begin at step 300: the steps before are in another folder" in capsys.readouterr().err
