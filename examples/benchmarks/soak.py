@@ -85,6 +85,11 @@ class Measures(Callback):
             self.since = now
 
 
+def larger(worst: float, difference: float) -> float:
+    """The larger one; a NaN stays."""
+    return worst if difference <= worst else difference
+
+
 def thresholds_agree(path: Path, window: int | None, checks: int) -> tuple[int, float]:
     """How many steps have a row, and by what part their thresholds differ from numpy's at most, of some of them."""
     with path.open(newline="") as file:
@@ -102,7 +107,7 @@ def thresholds_agree(path: Path, window: int | None, checks: int) -> tuple[int, 
         so_far = places[: np.searchsorted(places, step, side="right")]
         if len(so_far):
             expected = np.percentile(kept[so_far[-(window or len(so_far)) :]], PERCENTILE)
-            worst = max(worst, abs(thresholds[step] / expected - 1))
+            worst = larger(worst, abs(thresholds[step] / expected - 1))
     return len(found), worst
 
 
@@ -151,11 +156,11 @@ def full_history(values: int, on_accelerator: bool, device: str) -> dict[str, An
         history.record(there[i] if on_accelerator else float(norms[i]))
         threshold = history.percentile(PERCENTILE)
         if i in checked and i < values - 1000:
-            worst = max(worst, abs(float(threshold) / np.percentile(norms[: i + 1], PERCENTILE) - 1))
+            worst = larger(worst, abs(float(threshold) / np.percentile(norms[: i + 1], PERCENTILE) - 1))
     if device == "cuda":
         torch.cuda.synchronize()
     took = (time.perf_counter() - since) / 1000 * 1e6
-    worst = max(worst, abs(float(threshold) / np.percentile(norms, PERCENTILE) - 1))
+    worst = larger(worst, abs(float(threshold) / np.percentile(norms, PERCENTILE) - 1))
     return {"values": values, "on_accelerator": on_accelerator, "worst_threshold": worst, "step_us": took}
 
 
