@@ -290,7 +290,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             ) from error
         if changed:
             rank_zero_warn(changed)
-        self._settings.several_policies = flags[1] or written["policy"] != self.settings["policy"]
+        self._settings.several_policies = flags[1] or not self._settings.has_policy(written)
         self._settings.has_scaler, self._trained = flags[0], self._stage == "fit"  # by hand, it is for the fit to come
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

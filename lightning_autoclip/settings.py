@@ -74,6 +74,10 @@ class Settings:
         """The arguments as loggers have them: of a run that has had others before, they say so."""
         return self.to_dict() | ({"several_policies": True} if self.several_policies else {})
 
+    def has_policy(self, written: dict[str, Any]) -> bool:
+        """Whether a record was made with this policy."""
+        return _are_equal(written["policy"], self.to_dict()["policy"])
+
     def compare(self, written: dict[str, Any]) -> str:
         """Whether a run can go on with a record that was made with other settings.
 

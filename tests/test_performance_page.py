@@ -85,3 +85,29 @@ def test_each_rule_shows_its_recorded_figures_on_a_gpu(rule):
         shown = f"{row['device_ms']:.2f} ms · {row['device_ratio']:.2f}" if row else "-"
         assert cell.strip() == shown
     assert all(row["waits"] == ("one read" in rule) for row in recorded.values())
+
+
+SOAKED = json.loads((ROOT / "docs" / "soak.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("where", "run"), [(name, run) for name, key in (("CPU", "cpu"), ("H100", "gpu")) for run in SOAKED[key]["runs"]]
+)
+def test_each_long_run_shows_its_recorded_figures(where, run):
+    first, last = run["parts"][1], run["parts"][-1]
+    memory, took = (f"{first[key]:.0f} to {last[key]:.0f}" for key in ("memory_mb", "step_us"))
+    name = f"{where}, window {run['window'] or 'of all steps'}"
+    (line,) = (line for line in PAGE.splitlines() if line.startswith(f"| {name} |"))
+    assert f"| {run['steps']:,} | {memory} MB | {took} µs | {run['entry_kb']:.0f} kB |" in line
+    assert line.endswith("| nothing |") == (run["worst_threshold"] == 0)
+    assert run["rows"] == run["steps"]
+    assert last["memory_mb"] < 1.05 * first["memory_mb"]
+
+
+def test_the_soak_runs(tmp_path):
+    program = ROOT / "examples" / "benchmarks" / "soak.py"
+    done = run_program(program, "--steps", 400, "--out", tmp_path / "soak.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert [(run["rows"], run["worst_threshold"] < 1e-6) for run in found["runs"]] == [(400, True)] * 2
+    assert all(each["worst_threshold"] < 1e-6 for each in found["histories"])

@@ -142,12 +142,13 @@ def verdicts_of(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Ve
     yield from _of_nonfinite(trace, figures, has_scaler)
     yield from _of_left_out(trace, figures)
     yield from _of_clipping_before(Summary.merged(trace.bins))
-    if not is_enough(trace, figures):
+    if figures.steps < LEAST_STEPS:
         return
     verdict_of_bound = list(_of_bound(figures))
     yield from verdict_of_bound
-    yield from _of_growth(trace, figures)
-    yield from _of_decline(trace, figures)
+    if is_enough(trace, figures):
+        yield from _of_growth(trace, figures)
+        yield from _of_decline(trace, figures)
     yield from _of_spikes(trace)
     if not verdict_of_bound:  # which says more
         yield from _of_clipping(figures)
