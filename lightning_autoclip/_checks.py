@@ -9,6 +9,9 @@ from typing import Any
 
 from lightning_autoclip._text import shown
 
+DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError)
+"""What taking apart a state may raise of which an entry has become anything else."""
+
 
 def check_number(name: str, value: Any, rule: str, low: float, high: float = math.inf, open_low: bool = False) -> float:
     """Return ``value`` as a float, or raise if it is not a real number in the range.

@@ -40,7 +40,7 @@ def as_key(name: str) -> str:
         >>> as_key("blocks.0.attn"), as_key("a*b/c")
         ('blocks.0.attn', 'a_2a_b_2f_c')
     """
-    key = re.sub(r"[^\w\-. ]", lambda found: f"_{ord(found[0]):x}_", name)
+    key = _numbered(r"[^\w\-. ]", name)
     if len(key) <= _MOST_OF_A_KEY:
         return key
     return f"{key[:_MOST_OF_A_KEY]}-{zlib.crc32(key.encode('utf-8', 'replace')):08x}"
@@ -48,7 +48,12 @@ def as_key(name: str) -> str:
 
 def as_ascii_key(key: str) -> str:
     """A key for a logger that strips all other letters, so that two keys could become one."""
-    return re.sub(r"[^\x00-\x7f]", lambda found: f"_{ord(found[0]):x}_", key)
+    return _numbered(r"[^\x00-\x7f]", key)
+
+
+def _numbered(others: str, text: str) -> str:
+    """The text with each character that a pattern finds as its number."""
+    return re.sub(others, lambda found: f"_{ord(found[0]):x}_", text)
 
 
 def as_cell(text: str) -> str:

@@ -97,7 +97,7 @@ class Scopes:
             )
         names = [(known.prefix, known.names(found[known.prefix], named)) for known in self.optimizers]
         if not isinstance(self._settings.groups, dict):  # other patterns have been warned of
-            self._refuse_exchanged({prefix + group: own for prefix, groups in names for group, own in groups})
+            self._refuse_exchanged({prefix + group: own for prefix, groups in names for group, _, own in groups})
         own = {prefix: self._by_prefix.get(prefix) or self._new(prefix) for prefix in needed}
         self._by_prefix = own | {prefix: scope for prefix, scope in self._by_prefix.items() if prefix not in own}
         for scope in self:

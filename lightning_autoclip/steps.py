@@ -179,20 +179,19 @@ class OptimizerScopes:
         """Say which parameters are in which scope, and what they are called."""
         self.scopes = {group: scope_of(self.prefix + group) for group in positions}
         parameters = parameters_of(self.optimizer)
-        for group, names in self.names(positions, named):
-            scope, at = self.scopes[group], positions[group]
-            scope.positions = at
-            scope.recorder.follow(
-                names, [_numel(parameters[i]) for i in (range(len(parameters)) if at is None else at)]
-            )
+        for group, places, names in self.names(positions, named):
+            self.scopes[group].positions = positions[group]
+            self.scopes[group].recorder.follow(names, [_numel(parameters[i]) for i in places])
         self._seen = [] if any(map(is_lazy, parameters)) else self._ids()  # lazy ones have a size at the next step
 
-    def names(self, positions: Mapping[str, list[int] | None], named: Named) -> Iterator[tuple[str, list[str]]]:
-        """Per group what its parameters are called; of several names of one the first."""
+    def names(
+        self, positions: Mapping[str, list[int] | None], named: Named
+    ) -> Iterator[tuple[str, Sequence[int], list[str]]]:
+        """Per group where its parameters stand and what they are called: of several names of one the first."""
         parameters, names = parameters_of(self.optimizer), dict(reversed(named))
         for group, at in positions.items():
             places = range(len(parameters)) if at is None else at
-            yield group, [names.get(id(parameters[i]), f"parameter {i}") for i in places]
+            yield group, places, [names.get(id(parameters[i]), f"parameter {i}") for i in places]
 
     def keep(self, records: Sequence[StepRecord | None], step: int, epoch: int, batch: int) -> Point:
         """Hand the records of a step, one per scope, to the recorders; where it is, is returned."""

@@ -30,7 +30,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning_utilities.core.imports import RequirementCache
-from models import BadBatches, NaNInLastBias, OneBackward, WithoutLoss
+from models import BadBatches, NaNInLastBias, OneBackward, OptimizerPerLayer, WithoutLoss
 from torch import nn
 
 from lightning_autoclip import (
@@ -431,3 +431,24 @@ def test_raise_names_step_batch_and_parameters():
     where = r"At optimizer step 19 \(epoch 1, batch 3\): .* is nan: .* of 1 of 4 parameters\. They are: net\.2\.bias\."
     with pytest.raises(NonFiniteGradientError, match=where):
         trainer(AutoClip(nonfinite="raise"), max_epochs=2).fit(NaNInLastBias(1, 3), loader())
+
+
+def test_raise_names_the_step_of_the_loggers_and_all_batches_of_an_accumulation():
+    class Bad(Net):
+        def on_after_backward(self):
+            if self.trainer.fit_loop.epoch_loop.batch_idx == 6:
+                self.net[0].weight.grad[0, 0] = math.nan
+
+    where = r"At optimizer step 3 \(epoch 0, batch 6 to 7\): .*net\.0\.weight"
+    with pytest.raises(NonFiniteGradientError, match=where):
+        trainer(AutoClip(50, nonfinite="raise"), accumulate_grad_batches=2).fit(Bad(), loader())
+
+
+def test_raise_counts_steps_as_the_report_does_with_two_optimizers():
+    class Bad(OptimizerPerLayer):
+        def training_step(self, batch, batch_idx):
+            super().training_step([*batch[:2], batch[2] * math.nan] if batch_idx == 5 else batch, batch_idx)
+
+    sgd = partial(torch.optim.SGD, lr=0.01)
+    with pytest.raises(NonFiniteGradientError, match=r"At optimizer step 5 \(epoch 0, batch 5\)"):
+        trainer(AutoClip(50, nonfinite="raise")).fit(Bad(sgd, sgd), loader())

@@ -8,6 +8,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from helpers import Net, loader, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from models import OptimizerPerLayer
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
-from lightning_autoclip import AutoClip, NonFiniteGradientError
+from lightning_autoclip import AutoClip
 from lightning_autoclip.__main__ import main
 from lightning_autoclip.monitoring.runs import read_run
 
@@ -160,40 +162,30 @@ def test_a_report_of_a_damaged_checkpoint_is_one_line_or_right(checkpoint, tmp_p
     assert all("damaged" in text and len(text) < 1000 for text in refused)
 
 
-class TwoOptimizers(Net):
-    """Two optimizers of one class, in the order that is given."""
+class OtherOrder(OptimizerPerLayer):
+    """The optimizers of the two layers, the other way round."""
 
-    def __init__(self, *layers: int) -> None:
-        super().__init__()
-        self.layers, self.automatic_optimization = layers, False
-
-    def configure_optimizers(self) -> Any:
-        return [SGD(self.net[i].parameters(), lr=0.01) for i in self.layers]
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            self.zero_grad()
-            self.manual_backward(self.loss(batch))
-            optimizer.step()
+    def configure_optimizers(self) -> list[Optimizer]:
+        return super().configure_optimizers()[::-1]
 
 
 def test_optimizers_in_another_order_are_refused_and_renamed_ones_go_on(tmp_path):
-    run = trainer(AutoClip(50, verbose=False))
-    run.fit(TwoOptimizers(0, 2), loader())
+    sgd, run = partial(SGD, lr=0.01), trainer(AutoClip(50, verbose=False))
+    run.fit(OptimizerPerLayer(sgd, sgd), loader())
     state = run.callbacks[0].state_dict()
 
-    def go_on(*layers: int, **names: str) -> AutoClip:
+    def go_on(net: type[OptimizerPerLayer], **names: str) -> AutoClip:
         autoclip = AutoClip(50, verbose=False)
         autoclip.load_state_dict(state)
         for trace in autoclip.traces.values():
             trace.names = [names.get("called", "") + name for name in trace.names]
-        trainer(autoclip).fit(TwoOptimizers(*layers), loader())
+        trainer(autoclip).fit(net(sgd, sgd), loader())
         return autoclip
 
-    assert [clipper.steps for clipper in go_on(0, 2).clippers] == [32, 32]
-    assert [clipper.steps for clipper in go_on(2, 0, called="before.").clippers] == [32, 32]
+    assert [clipper.steps for clipper in go_on(OptimizerPerLayer).clippers] == [32, 32]
+    assert [clipper.steps for clipper in go_on(OtherOrder, called="before.").clippers] == [32, 32]
     with pytest.raises(MisconfigurationException, match="is of the parameters that `autoclip/SGD-1/` has in this run"):
-        go_on(2, 0)
+        go_on(OtherOrder)
 
 
 def test_settings_that_cannot_be_compared_are_changed_ones(checkpoint):
@@ -201,41 +193,3 @@ def test_settings_that_cannot_be_compared_are_changed_ones(checkpoint):
     changed = {**state, "settings": {**state["settings"], "window": np.array([1, 2])}}
     with pytest.warns(match="written with window=array"):
         AutoClip(50, groups="param_groups", **ARGUMENTS).load_state_dict(changed)
-
-
-def test_an_error_names_the_step_of_the_loggers_and_all_batches_of_an_accumulation():
-    class Bad(Net):
-        def on_after_backward(self):
-            if self.trainer.fit_loop.epoch_loop.batch_idx == 6:
-                self.net[0].weight.grad[0, 0] = math.nan
-
-    with pytest.raises(
-        NonFiniteGradientError, match=r"At optimizer step 3 \(epoch 0, batch 6 to 7\): .*net\.0\.weight"
-    ):
-        trainer(AutoClip(50, nonfinite="raise"), accumulate_grad_batches=2).fit(Bad(), loader())
-
-
-def test_an_error_counts_steps_as_the_report_does_with_two_optimizers():
-    class Bad(TwoOptimizers):
-        def training_step(self, batch, batch_idx):
-            if batch_idx == 5:
-                batch = [*batch[:2], batch[2] * math.nan]
-            super().training_step(batch, batch_idx)
-
-    with pytest.raises(NonFiniteGradientError, match=r"At optimizer step 5 \(epoch 0, batch 5\)"):
-        trainer(AutoClip(50, nonfinite="raise")).fit(Bad(0, 2), loader())
-
-
-def test_what_was_not_finite_comes_first_in_the_table_of_several_optimizers():
-    class Bad(TwoOptimizers):
-        def on_after_backward(self):
-            if self.trainer.fit_loop.epoch_loop.batch_idx == 6 and self.net[2].weight.grad is not None:
-                self.net[2].weight.grad[0, 0] = math.nan
-
-    autoclip = AutoClip(50, verbose=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer(autoclip).fit(Bad(0, 2), loader())
-    first, second = autoclip.spikes()[:2]
-    assert (first["optimizer"], first["step"]) == ("autoclip/SGD-1", 6)
-    assert math.isfinite(second["norm"])

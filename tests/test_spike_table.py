@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,17 @@ def test_one_table_holds_the_spikes_of_all_optimizers(tmp_path: Path, prefix: st
     found = tables(tmp_path, f"{prefix}-{KEY}".lstrip("-"))
     assert {row["optimizer"] for row in found[4]} == {"autoclip/SGD", "autoclip/SGD-1"}
     assert [row["norm"] for row in found[max(found)]] == pytest.approx([spike["norm"] for spike in autoclip.spikes()])
+
+
+def test_what_was_not_finite_comes_first_with_several_optimizers():
+    class Bad(OptimizerPerLayer):
+        def on_after_backward(self):
+            if self.trainer.fit_loop.epoch_loop.batch_idx == 6 and self.net[2].weight.grad is not None:
+                self.net[2].weight.grad[0, 0] = math.nan
+
+    autoclip, sgd = AutoClip(50, verbose=False), partial(SGD, lr=0.01)
+    with pytest.warns(match="had a NaN or an infinity"):
+        trainer(autoclip).fit(Bad(sgd, sgd), loader())
+    first, second = autoclip.spikes()[:2]
+    assert (first["optimizer"], first["step"]) == ("autoclip/SGD-1", 6)
+    assert math.isfinite(second["norm"])

@@ -23,6 +23,7 @@ class StepGate:
         has_hooks: Whether the optimizer has step hooks of torch. Else nothing is known of its steps, and gradients are
             taken away for good.
         computed: How many times the step that is being made has computed gradients.
+        is_expected: Whether a step has been announced and not been made, as far as that is known.
         passed_by: How many steps were made that :meth:`expect` did not announce.
     """
 
@@ -30,7 +31,7 @@ class StepGate:
 
     def __init__(self, has_hooks: bool) -> None:
         self.has_hooks, self.computed, self.passed_by = has_hooks, 0, 0
-        self._is_expected = self._leaves_out = False
+        self.is_expected = self._leaves_out = False
         self._is_young = True  # whether the hooks may be younger than the step that is being made
         self._depth = 0  # a subclass's step may call its parent's, and both have the hooks
         self._is_within = False  # a closure
@@ -52,15 +53,10 @@ class StepGate:
                 optimizer.register_step_post_hook(gate._after)
         return gate
 
-    @property
-    def is_expected(self) -> bool:
-        """Whether a step has been announced and not been made, as far as that is known."""
-        return self._is_expected
-
     def expect(self, optimizer: Any) -> None:
         """Announce a step. What was said of one that was never made is taken back."""
         self.forget(optimizer)
-        self._is_expected, self._given_back = True, []
+        self.is_expected, self._given_back = True, []
         if not self._is_within:  # whatever has become of the last step
             self._depth = self.computed = 0
 
@@ -145,8 +141,8 @@ class StepGate:
         if self._undo is not None:
             self._undo()
             self._undo = None
-        self.passed_by += not self._is_expected
-        self.computed, self._depth, self._is_expected = 0, 0, False
+        self.passed_by += not self.is_expected
+        self.computed, self._depth, self.is_expected = 0, 0, False
         if self._taken or self._notes_zero_grad:
             self._give_back(optimizer)
         else:

@@ -34,8 +34,7 @@ class Outliers:
     """
 
     def __init__(self, times: float) -> None:
-        least = "a number of at least 1"
-        self.times = times if is_infinite(times) else check_number("skip_above", times, least, 1)
+        self.times = times if is_infinite(times) else check_number("skip_above", times, "a number of at least 1", 1)
         self.in_a_row: Number = 0.0
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_autoclip._checks import check_choice, check_integer, check_positive
+from lightning_autoclip._checks import DAMAGE, check_choice, check_integer, check_positive
 from lightning_autoclip._text import shown
 from lightning_autoclip.clipping._numbers import Number, compiles_graphs, constant, count_unless, single, smaller
 from lightning_autoclip.clipping.bound import StepBound
@@ -181,7 +181,7 @@ class Threshold:
             least = count if window is None else min(count, check_integer("window", window, "an integer above 0", 1))
             if kept.numel() != least or nonfinite_total > steps:
                 raise ValueError(f"{kept.numel()} of {count} norms, {nonfinite_total} of {steps} steps not finite")
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except DAMAGE as error:
             raise ValueError(f"The state of a `GradientClipper` is damaged or not one: {error!r}.") from error
         if bool((history.recorded <= 0).any()):
             raise ValueError("The state of a `GradientClipper` is damaged: its norms are not all above 0.")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lightning_autoclip._checks import DAMAGE
 from lightning_autoclip.monitoring.summary import LARGEST, Point, Summary
 
 NOTHING = Point(-1, -1, -1, -1, *[math.nan] * 5)
@@ -140,6 +141,6 @@ class Held:
             )
             if not all(sound):
                 raise ValueError("an entry has a wrong type, size or range")
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        except DAMAGE as error:
             raise ValueError(f"The steps that wait for their row are damaged: {error!r}.") from error
         return held

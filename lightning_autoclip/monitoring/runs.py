@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_autoclip._checks import DAMAGE
 from lightning_autoclip.monitoring.checkpoints import read_part
 from lightning_autoclip.monitoring.logs import Log, is_settings, read_log
 from lightning_autoclip.monitoring.plot import plot_of
@@ -93,7 +94,7 @@ def _of_checkpoint(path: Path) -> RecordedRun:
             raise KeyError("settings")
         if state["several_policies"]:
             settings["policy"] = {"name": "several"}
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+    except DAMAGE as error:
         raise ValueError(f"The state of {STATE_KEY!r} in {path} is damaged: {error!r}.") from error
     return RecordedRun(f"checkpoint {path.name}", traces, norms, settings, has_scaler)
 

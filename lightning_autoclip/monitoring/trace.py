@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_autoclip._checks import DAMAGE
 from lightning_autoclip._text import printable
 from lightning_autoclip.monitoring.summary import SAME, Point, Summary
 
@@ -191,7 +192,7 @@ class Trace:
             trace._share_sums = state["share_sums"].clone()
             trace._check(state["bins"].shape)
             trace.nonfinite_total = Summary.merged(trace.bins).nonfinite
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, OverflowError) as error:
+        except DAMAGE as error:
             raise ValueError(f"The trace of a run is damaged or not one: {error!r}.") from error
         return trace
 
