@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 _MOST_SHOWN = 120  # characters of a value
@@ -43,7 +44,7 @@ def as_key(name: str) -> str:
     key = _numbered(r"[^\w\-. ]", name)
     if len(key) <= _MOST_OF_A_KEY:
         return key
-    return f"{key[:_MOST_OF_A_KEY]}-{zlib.crc32(key.encode('utf-8', 'replace')):08x}"
+    return f"{key[:_MOST_OF_A_KEY]}-{_checksum(key)}"
 
 
 def as_ascii_key(key: str) -> str:
@@ -51,9 +52,31 @@ def as_ascii_key(key: str) -> str:
     return _numbered(r"[^\x00-\x7f]", key)
 
 
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode('utf-8', 'replace')):08x}"
+
+
 def _numbered(others: str, text: str) -> str:
     """The text with each character that a pattern finds as its number."""
     return re.sub(others, lambda found: f"_{ord(found[0]):x}_", text)
+
+
+def as_keys(names: Iterable[str]) -> dict[str, str]:
+    """Each name's key. Of names whose keys would be one to some logger, the later ones end in a number that is theirs.
+
+    Example:
+        >>> as_keys(["a*b", "a_2a_b"])
+        {'a*b': 'a_2a_b', 'a_2a_b': 'a_2a_b-4581f594'}
+    """
+    keys: dict[str, str] = {}
+    taken = set[str]()
+    for name in names:
+        key = as_key(name)
+        if as_ascii_key(key) in taken:
+            key = f"{key}-{_checksum(name)}"
+        taken.add(as_ascii_key(key))
+        keys[name] = key
+    return keys
 
 
 def as_cell(text: str) -> str:

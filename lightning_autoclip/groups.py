@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from lightning_autoclip._text import shown
+from lightning_autoclip._text import as_ascii_key, as_key, shown
 
 PARAM_GROUPS = "param_groups"
 REST = "rest"
@@ -19,7 +19,7 @@ def check_groups(groups: Any) -> str | dict[str, list[str]] | None:
 
     Raises:
         TypeError: It is neither, or a pattern is no string.
-        ValueError: It is empty, or a name cannot be part of a key.
+        ValueError: It is empty, a name cannot be part of a key, or two would be the same.
     """
     if groups is None:
         return None
@@ -47,7 +47,19 @@ def check_groups(groups: Any) -> str | dict[str, list[str]] | None:
         ]  # numpy's would not load from a checkpoint
     if not checked:
         raise ValueError("Expected `groups` to name at least one group, but got an empty mapping.")
+    _refuse_equal_keys(checked, "the names in `groups`")
     return checked
+
+
+def _refuse_equal_keys(names: Iterable[str], what: str) -> None:
+    """Refuse names that differ in nothing that is left of them in a key: one's record would be the other's."""
+    of_key: dict[str, str] = {}
+    for name in names:
+        if (first := of_key.setdefault(as_ascii_key(as_key(name)), name)) is not name:
+            raise ValueError(
+                f"Expected {what} to differ as keys of loggers, but {shown(first)} and {shown(name)} would both be"
+                f" {shown(as_ascii_key(as_key(name)))}."
+            )
 
 
 def _fits_a_key(name: str) -> bool:
@@ -88,7 +100,7 @@ def positions_by_group(optimizer: Any, group_of: Mapping[int, str] | None) -> di
             groups, by their ``"name"``, else ``pg1``, ``pg2`` as `LearningRateMonitor` calls them.
 
     Raises:
-        ValueError: Two groups of the optimizer have the same name, or one a name that cannot be part of a key.
+        ValueError: Two groups of the optimizer have the same name or key, or one a name that cannot be part of a key.
     """
     found: dict[str, list[int]] = {}
     seen: set[int] = set()  # a parameter that is listed twice stands where it stands first
@@ -106,4 +118,6 @@ def positions_by_group(optimizer: Any, group_of: Mapping[int, str] | None) -> di
             if key not in seen:
                 found.setdefault(name if group_of is None else group_of.get(key, REST), []).append(len(seen))
                 seen.add(key)
+    if group_of is None:
+        _refuse_equal_keys(found, "the names of the optimizer's groups")
     return found

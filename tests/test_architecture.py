@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from processes import run_program
+from processes import ROOT, run_program
 
 import lightning_autoclip
 
 PACKAGE = Path(lightning_autoclip.__file__).parent
-_CLIPPING = ["_numbers", "record", "metric", "policies", "shards", "gradients", "undo", "gate", "optimizers", "bound"]
+_CLIPPING = [
+    "_numbers",
+    "record",
+    "metric",
+    "policies",
+    "shards",
+    "gradients",
+    "clip",
+    "undo",
+    "gate",
+    "optimizers",
+    "bound",
+]
 _CLIPPING += ["outliers", "threshold", "step", "parts", "clipper"]
 _MONITORING = [
     "summary",
@@ -23,6 +39,7 @@ _MONITORING = [
     "plot",
     "checkpoints",
     "logs",
+    "texts",
     "runs",
     "suggest",
     "live",
@@ -70,6 +87,13 @@ def test_every_file_is_a_room():
     assert sorted(PACKAGE.glob("**/*.py")) == sorted(map(file_of, ROOMS))
 
 
+def test_the_page_lists_the_rooms_in_their_order():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    listed = re.findall(r"^\| `([\w/]+)\.py` \|", page, re.MULTILINE)
+    files = [file_of(room).relative_to(PACKAGE).with_suffix("").as_posix() for room in ROOMS]
+    assert listed == [file for file in files if "/__init__" not in file]
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_rooms_before_it(room):
     used = {name.removeprefix("lightning_autoclip.") for name in imports(room) if name.startswith("lightning_autoclip")}
@@ -81,9 +105,22 @@ def test_the_arithmetic_does_not_import_lightning(room):
     assert not {name for name in imports(room) if name.split(".")[0] in ("lightning", "pytorch_lightning")}
 
 
+def test_the_command_line_and_a_loop_without_a_trainer_need_not_wait_for_lightning():
+    program = (
+        "import sys, lightning_autoclip.__main__; from lightning_autoclip import GradientClipper, Percentile\n"
+        "sys.exit(str({'lightning', 'pytorch_lightning', 'torchmetrics'} & sys.modules.keys() or ''))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stderr.strip() == ""
+
+
 def test_every_public_name_is_there_and_documented():
+    assert set(lightning_autoclip.__all__) <= set(dir(lightning_autoclip))
     for name in lightning_autoclip.__all__:
         assert getattr(lightning_autoclip, name).__doc__.strip()
+    with pytest.raises(AttributeError, match="has no attribute 'Autoclip'"):
+        lightning_autoclip.Autoclip  # noqa: B018
 
 
 def test_wandb_and_matplotlib_are_optional():

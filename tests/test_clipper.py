@@ -590,6 +590,23 @@ def test_a_step_that_is_given_up_does_not_skip_a_later_one(form):
     assert parameter.item() != 0
 
 
+@pytest.mark.parametrize("factor", [1.0, math.nan], ids=["finite", "not finite"])
+def test_by_value_gradients_of_all_sizes_and_layouts_are_clamped(form, factor):
+    random = torch.Generator().manual_seed(0)
+    shapes = [*([(3,)] * 1500), (), (0, 3), (7, 5), (2, 3, 4, 5), (70_000,), (2, 0)]
+    parameters = [with_gradient(torch.randn(shape, generator=random)) for shape in shapes]
+    parameters[-2].grad = torch.randn(70_000, 2, generator=random)[:, 0]
+    parameters += [with_gradient(torch.randn(6, generator=random).bfloat16(), torch.bfloat16) for _ in range(5)]
+    image = with_gradient(torch.randn(2, 3, 4, 5, generator=random).contiguous(memory_format=torch.channels_last))
+    parameters += [image, with_gradient(torch.randn(4, generator=random) * factor)]
+    before = [(each.grad, each.grad.clone(), each.grad.stride()) for each in parameters]
+    clip(Constant(0.5), *parameters, gradient_clip_algorithm="value")
+    for gradient, entries, stride in before:
+        expected = entries.clamp(-0.5, 0.5) if factor == 1 else entries
+        assert torch.equal(gradient.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert gradient.stride() == stride
+
+
 def test_float16_gradients_are_clamped_at_what_float16_can_hold(form):
     parameter = with_gradient([6e4, -6e4], torch.float16)
     clip(Constant(1e5), parameter, gradient_clip_algorithm="value")

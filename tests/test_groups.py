@@ -22,8 +22,8 @@ from torch.optim import SGD, AdamW
 
 from lightning_autoclip import AutoClip, Constant, GradientClipper, NonFiniteGradientError, Percentile
 from lightning_autoclip.__main__ import main
+from lightning_autoclip.clipping._numbers import on_device
 from lightning_autoclip.clipping.clipper import clip_together_
-from lightning_autoclip.clipping.gradients import on_device
 
 ALGORITHMS = pytest.mark.parametrize("algorithm", ["norm", "value"])
 LAYERS = {"first": "net.0.*"}  # and the rest: the second layer
@@ -327,11 +327,13 @@ def test_each_parameter_is_in_the_group_that_is_asked_for(groups, members, tmp_p
             for bad in ("", "a/b", "a\nb", "\x1b[31m", "rest", "step", 1)
         ),
         ({}, ValueError, "at least one group"),
+        ({"a+": "net.0.*", "a_2b_": "net.2.*"}, ValueError, "'a+' and 'a_2b_' would both be 'a_2b_'"),
+        ({"ü": "net.0.*", "_fc_": "net.2.*"}, ValueError, "'ü' and '_fc_' would both be '_fc_'"),
     ],
     ids=repr,
 )
 def test_bad_groups_are_refused_at_construction(groups, error, match):
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=re.escape(match)):
         by_percentile(groups=groups)
 
 
@@ -346,8 +348,9 @@ def test_a_callback_shows_its_groups():
         ({"a": "net.*", "b": "*.bias"}, (None, None), "not to overlap, but 'net.0.bias' is in 'a' and in 'b'"),
         ("param_groups", ("x", "x"), "different names, but two are called 'x'"),
         ("param_groups", ("pg2", None), "different names, but two are called 'pg2'"),
+        ("param_groups", ("a+", "a_2b_"), "'a+' and 'a_2b_' would both be 'a_2b_'"),
     ],
-    ids=["unmatched", "overlapping", "same-name", "a-number-as-name"],
+    ids=["unmatched", "overlapping", "same-name", "a-number-as-name", "same-key"],
 )
 def test_groups_that_do_not_fit_the_model_are_refused_at_the_start_of_fit(groups, names, match):
     with pytest.raises(ValueError, match=re.escape(match)):

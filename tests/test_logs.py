@@ -27,8 +27,8 @@ from wandb_reader import finish
 
 from lightning_autoclip import AutoClip
 from lightning_autoclip.__main__ import main
-from lightning_autoclip.monitoring.logs import replace_text
 from lightning_autoclip.monitoring.runs import RecordedRun, read_run
+from lightning_autoclip.monitoring.texts import replace_text
 
 pytestmark = pytest.mark.usefixtures("wandb_offline")
 MAKERS: dict[str, Callable[[Path], Logger]] = {

@@ -33,6 +33,8 @@ NAMES = [
     "ü 漢",
     "\u202eleft",
     "*",
+    "a_2a_b",  # what the first one's key is
+    "_fc_ _6f22_",  # what MLflow is told of another
 ]
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f\u202e]")  # any but the end of a line
 

@@ -6,13 +6,16 @@ import math
 from collections.abc import Sequence
 from ctypes import c_float
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 Number: TypeAlias = float | Tensor
 """A float on the CPU; on an accelerator a tensor of shape ``()``, float32, which nobody may read in a step."""
+
+Numbers: TypeAlias = list[float] | Tensor
+"""A number for each parameter: floats where the host knows them, else shape ``(n,)`` on the accelerator."""
 
 
 def reads_are_free(device: torch.device) -> bool:
@@ -100,3 +103,18 @@ def minimum(number: Number, other: Number) -> Number:
     if isinstance(number, Tensor) and isinstance(other, Tensor):
         return torch.minimum(number, other)
     return min(number, other)
+
+
+def at(numbers: Any, positions: Sequence[int] | None) -> Any:
+    """What a list or tensor holds of the parameters at these positions, in their order; of all of them at ``None``."""
+    if positions is None:
+        return numbers
+    if isinstance(numbers, Tensor):
+        return numbers.index_select(0, on_device(tuple(positions), torch.int64, numbers.device))
+    return [numbers[position] for position in positions]
+
+
+@lru_cache(maxsize=1024)  # an optimizer may have hundreds of groups
+def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same few lists at every step: copied to the device once."""
+    return torch.tensor(values, dtype=dtype, device=device)

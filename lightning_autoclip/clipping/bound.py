@@ -15,8 +15,7 @@ from torch.optim import SGD
 from lightning_autoclip._checks import check_positive, is_infinite
 from lightning_autoclip._text import shown
 from lightning_autoclip.clipping import _numbers
-from lightning_autoclip.clipping._numbers import Number, constant, single
-from lightning_autoclip.clipping.gradients import Numbers, at, on_device
+from lightning_autoclip.clipping._numbers import Number, Numbers, at, constant, on_device, single
 from lightning_autoclip.clipping.optimizers import wrapped_in
 
 _PROPORTIONAL = ("FusedSGD", "SGDW")  # Apex and DeepSpeed, timm; beside torch's SGD

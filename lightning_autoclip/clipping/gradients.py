@@ -1,18 +1,18 @@
-"""Measure gradients and the weights that they are to move, and clip gradients."""
+"""Measure gradients and the weights that they are to move."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property, lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_autoclip.clipping import _numbers
-from lightning_autoclip.clipping._numbers import Number, constant, single, smaller
+from lightning_autoclip.clipping._numbers import Number, Numbers, on_device, single
 from lightning_autoclip.clipping.shards import (
     Shard,
     are_shared,
@@ -24,14 +24,9 @@ from lightning_autoclip.clipping.shards import (
     weights_of,
 )
 
-Numbers: TypeAlias = list[float] | Tensor
-"""A number for each parameter: floats where the host knows them, else shape ``(n,)`` on the accelerator."""
-
 LEAST_ENTRY = 0.01
 """Root-mean-square entry that a tensor of weights counts with at least: half of the smallest usual initial one. What
 starts at zero could never move otherwise, were no step to be larger than a part of its weights."""
-
-_UNSCALE_FLOAT16 = ("cpu", "cuda", "xpu")  # kinds of device
 
 LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
 """Its square is float32's largest number: what is above, 1.8e19, counts as infinite wherever it is measured."""
@@ -190,56 +185,6 @@ class Gradients:
         ]
 
 
-def clip_norm_(tensors: list[Tensor], norm: Number, threshold: Number, is_finite: bool | Tensor) -> None:
-    """Multiply tensors by ``threshold / norm`` in place if the norm is above the threshold.
-
-    At or under the threshold no bit changes.
-
-    Args:
-        tensors: Gradients, or what this process holds of them.
-        norm: The L2 norm of all the gradients, viewed as one vector.
-        threshold: In the same units.
-        is_finite: Whether there is anything to clip: else no bit changes either.
-    """
-    if not isinstance(norm, Tensor) or not isinstance(threshold, Tensor) or not isinstance(is_finite, Tensor):
-        if is_finite and threshold < norm:
-            is_free = _numbers.reads_are_free(tensors[0].device)
-            for alike in [tensors] if is_free else _grouped(tensors).values():
-                torch._foreach_mul_(alike, float(threshold / norm))
-        return
-    unchanged = constant(1.0, norm.device)
-    factor = smaller(torch.where(is_finite, threshold / norm, unchanged), unchanged)
-    for (device, dtype), alike in _grouped(tensors).items():
-        _multiply_(alike, dtype, factor.to(device, non_blocking=True))
-
-
-def clip_value_(tensors: list[Tensor], threshold: Number, is_finite: bool | Tensor) -> None:
-    """Clamp every entry to ``[-threshold, threshold]`` in place.
-
-    Args:
-        tensors: Gradients, or what this process holds of them.
-        threshold: In units of an entry; ``inf`` leaves everything as it is.
-        is_finite: Whether there is anything to clamp: else no bit changes.
-    """
-    if not isinstance(threshold, Tensor) or not isinstance(is_finite, Tensor):
-        if is_finite and threshold < math.inf:
-            bounds = {dtype: min(float(threshold), torch.finfo(dtype).max) for dtype in {t.dtype for t in tensors}}
-            if _numbers.reads_are_free(tensors[0].device):
-                for tensor in tensors:  # one pass over the memory instead of two
-                    tensor.clamp_(-bounds[tensor.dtype], bounds[tensor.dtype])
-                return
-            for (_, dtype), alike in _grouped(tensors).items():
-                torch._foreach_clamp_min_(alike, -bounds[dtype])  # two launches instead of one for each
-                torch._foreach_clamp_max_(alike, bounds[dtype])
-        return
-    limit = torch.where(is_finite, threshold, constant(math.inf, threshold.device))
-    low = -limit
-    for (device, _), alike in _grouped(tensors).items():
-        low_there, high_there = low.to(device, non_blocking=True), limit.to(device, non_blocking=True)
-        for tensor in alike:
-            tensor.clamp_(low_there, high_there)
-
-
 def norm_of(norms: Numbers) -> Number:
     """L2 norm of some norms, float32: a float of floats, a tensor of shape ``()`` of a tensor."""
     if isinstance(norms, Tensor):
@@ -249,50 +194,6 @@ def norm_of(norms: Numbers) -> Number:
         return norm.to(torch.float32)  # type: ignore[no-any-return]
     whole = math.hypot(*norms)
     return math.inf if whole > LARGEST_NORM else single(whole)
-
-
-def at(numbers: Any, positions: Sequence[int] | None) -> Any:
-    """What a list or tensor holds of the parameters at these positions, in their order; of all of them at ``None``."""
-    if positions is None:
-        return numbers
-    if isinstance(numbers, Tensor):
-        return numbers.index_select(0, on_device(tuple(positions), torch.int64, numbers.device))
-    return [numbers[position] for position in positions]
-
-
-def _grouped(tensors: Iterable[Tensor]) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
-    """The tensors by what a call for many must have in common to launch one kernel for them."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    return groups
-
-
-def _multiply_(tensors: list[Tensor], dtype: torch.dtype, factor: Tensor) -> None:
-    """Multiply tensors of one dtype by a factor between 0 and 1, float32, in place; no bit changes at 1.
-
-    `_foreach_mul_` launches a kernel for each tensor unless the factor has their dtype. Rounded to bfloat16, towards 0
-    so that no norm is above its threshold, it is up to 0.8 % smaller. float16 has no room for small factors; for that
-    dtype there is the kernel that unscales gradients, whose factor is float32.
-    """
-    if dtype == torch.float16 and factor.device.type in _UNSCALE_FLOAT16:
-        torch._amp_foreach_non_finite_check_and_unscale_(tensors, _unread(factor.device), factor)
-    elif dtype == torch.bfloat16 and not _numbers.compiles_graphs(factor.device):
-        torch._foreach_mul_(tensors, factor.view(torch.int32).bitwise_and(-(2**16)).view(torch.float32).to(dtype))
-    else:
-        torch._foreach_mul_(tensors, factor)
-
-
-@lru_cache(maxsize=64)
-def _unread(device: torch.device) -> Tensor:
-    """Where a kernel writes down what nobody asks for."""
-    return torch.zeros((), dtype=torch.float32, device=device)
-
-
-@lru_cache(maxsize=1024)  # an optimizer may have hundreds of groups
-def on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same few lists at every step: copied to the device once."""
-    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _norm_by_parts(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,9 +9,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_autoclip.clipping._numbers import Number, as_there, flag, minimum, single, unknown
+from lightning_autoclip.clipping._numbers import Number, Numbers, as_there, at, flag, minimum, single, unknown
 from lightning_autoclip.clipping.bound import Rates
-from lightning_autoclip.clipping.gradients import Gradients, Measured, Numbers, at, clip_norm_, clip_value_, norm_of
+from lightning_autoclip.clipping.clip import clip_norm_, clip_value_
+from lightning_autoclip.clipping.gradients import Gradients, Measured, norm_of
 from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.clipping.threshold import Threshold
 

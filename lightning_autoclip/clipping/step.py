@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from lightning_autoclip.clipping._numbers import Number
-from lightning_autoclip.clipping.gradients import Numbers
+from lightning_autoclip.clipping._numbers import Number, Numbers
 
 
 class StepRecord(NamedTuple):

@@ -10,9 +10,16 @@ from torch import Tensor
 
 from lightning_autoclip._checks import DAMAGE, check_choice, check_integer, check_positive
 from lightning_autoclip._text import shown
-from lightning_autoclip.clipping._numbers import Number, compiles_graphs, constant, count_unless, single, smaller
+from lightning_autoclip.clipping._numbers import (
+    Number,
+    Numbers,
+    compiles_graphs,
+    constant,
+    count_unless,
+    single,
+    smaller,
+)
 from lightning_autoclip.clipping.bound import StepBound
-from lightning_autoclip.clipping.gradients import Numbers
 from lightning_autoclip.clipping.outliers import Outliers
 from lightning_autoclip.clipping.policies import Policy, threshold_of, threshold_on_device
 from lightning_autoclip.clipping.record import History

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import os
 import re
@@ -15,11 +13,12 @@ import yaml
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_autoclip._text import as_ascii_key, as_cell, as_markdown
+from lightning_autoclip._text import as_ascii_key
 from lightning_autoclip.monitoring import wandb
-from lightning_autoclip.monitoring.logs import CONFIG_KEY, is_settings, replace_text
+from lightning_autoclip.monitoring.logs import CONFIG_KEY, is_settings
 from lightning_autoclip.monitoring.recorder import Row
 from lightning_autoclip.monitoring.summary import Point
+from lightning_autoclip.monitoring.texts import csv_of, finite_row, markdown_of, replace_text
 from lightning_autoclip.monitoring.trace import Trace
 from lightning_autoclip.monitoring.verdicts import SPIKE
 
@@ -76,7 +75,7 @@ def _add_to_hparams_file(logger: Any, settings: dict[str, Any], step: int) -> No
     TensorBoard shows the first hyperparameters of a run alone: those must be the user's, also if they come later.
     """
     rows = [{"setting": key, "value": str(value)} for key, value in settings.items()]
-    logger.experiment.add_text("autoclip/settings", _as_markdown(rows), step)
+    logger.experiment.add_text("autoclip/settings", markdown_of(rows), step)
     logger.hparams.update({CONFIG_KEY: settings})
     logger.save()  # writes the file if there is none
     path = os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE)
@@ -196,7 +195,7 @@ class SpikesInTime:
         if not self._is_due or self._rows_to_wait > 0 or self._times >= _MOST_TABLES:
             return
         self._is_due, self._rows_to_wait, self._times = False, 2**self._times, self._times + 1
-        rows, step = [_finite(spike) for spike in spikes()], max(points[-1].step for _, points in parts)
+        rows, step = [finite_row(spike) for spike in spikes()], max(points[-1].step for _, points in parts)
         done = [_attempt("spike table", logger, partial(_log_spikes, logger, rows, step)) for logger in told]
         self.shown = rows if all(done) else None
 
@@ -224,7 +223,7 @@ def conclude(
         step: The step that it is logged at.
         shown: What W&B was shown last, which is not logged again.
     """
-    rows = [_finite(spike) for spike in spikes]
+    rows = [finite_row(spike) for spike in spikes]
     for logger in loggers:
         if rows and not (rows == shown and _is(logger, "WandbLogger")):
             _attempt("spike table", logger, partial(_log_spikes, logger, rows, step))
@@ -250,14 +249,14 @@ def _log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
     if _is(logger, "WandbLogger"):
         wandb.log_table(logger, "autoclip/spikes", rows, step)
     elif _is(logger, "TensorBoardLogger"):
-        logger.experiment.add_text("autoclip/spikes", _as_markdown(rows), step)
+        logger.experiment.add_text("autoclip/spikes", markdown_of(rows), step)
     elif _is(logger, "MLFlowLogger"):  # its server may have another disk
-        logger.experiment.log_text(logger.run_id, _as_csv(rows), f"{_TABLE}.csv")
+        logger.experiment.log_text(logger.run_id, csv_of(rows), f"{_TABLE}.csv")
     elif _is(logger, "CometLogger"):  # a file beside what it keeps offline would be seen by nobody
         table = [["" if value is None else value for value in row.values()] for row in rows]
         logger.experiment.log_table(f"{_TABLE}.csv", tabular_data=table, headers=list(rows[0]))
     else:
-        _write(logger, f"{_TABLE}.csv", _as_csv(rows))
+        _write(logger, f"{_TABLE}.csv", csv_of(rows))
 
 
 def _log_health(logger: Any, health: str, step: int) -> None:
@@ -292,25 +291,3 @@ def _is(logger: Logger, name: str) -> bool:
 def _directory_of_run(logger: Any) -> str:
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return os.path.join(logger.save_dir, str(logger.name), version) if logger.save_dir else ""
-
-
-def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")  # where files are text, the system adds its own
-    writer.writeheader()
-    writer.writerows({k: as_cell(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
-    return file.getvalue()
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with nothing where a number is not finite: neither JSON nor a database has it."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-
-
-def _as_markdown(rows: Sequence[dict[str, Any]]) -> str:
-    cells = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else as_markdown(str(value))

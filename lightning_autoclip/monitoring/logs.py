@@ -1,4 +1,4 @@
-"""The files of loggers, read back: CSV files, TensorBoard's folders, directories of W&B runs. Their texts, replaced."""
+"""The files of loggers, read back: CSV files, TensorBoard's folders, directories of W&B runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -58,25 +57,6 @@ def read_log(path: Path) -> Log:
     if not path.is_dir():
         return _of_csv(path)
     return _of_tensorboard(path) if [*path.glob(_EVENTS)] else _of_wandb(path)
-
-
-def replace_text(files: Any, path: str, text: str) -> None:
-    """Write a file anew, whole or not at all: a full disk or a kill leaves the one that was there.
-
-    Args:
-        files: The file system, as `fsspec` has them.
-        path: The file.
-        text: What it is to hold.
-    """
-    part = f"{path}.part"
-    try:
-        with files.open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-        files.mv(part, path)
-    except BaseException:
-        with suppress(Exception):
-            files.rm(part)
-        raise
 
 
 def is_settings(value: Any) -> bool:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_autoclip._text import as_key
+from lightning_autoclip._text import as_keys
 from lightning_autoclip.clipping._numbers import compiles_graphs, on_host
 from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.monitoring.held import NOTHING, Held
 from lightning_autoclip.monitoring.summary import Point
-from lightning_autoclip.monitoring.trace import Trace, by_module, norms_by_module, shares_of
+from lightning_autoclip.monitoring.trace import Trace, by_module, norms_by_module
 
 _TOTAL = StepRecord._fields.index("nonfinite_total")
 _NUMBERS = 7  # of a `StepRecord` and of a `Point`, one after the other: all but the parameters' norms
@@ -133,12 +133,11 @@ class Recorder:
     def _with(self, so_far: tuple[Trace, Held], points: Sequence[Point], squares: Tensor | None) -> tuple[Trace, Held]:
         """The trace and the steps that wait, with some more steps; those that are given stay as they are."""
         trace, held = so_far[0].copy(), so_far[1].copy()
-        trace.extend(points, squares)
+        shares = trace.extend(points, squares)
         for point in points:
             held.add(point)
         if squares is not None and self.layer_depth:
             finite = squares[[i for i, point in enumerate(points) if point.finite]]
-            shares = shares_of(finite)
             held.add_shares(trace.names, shares.sum(0).tolist(), len(shares))
             held.add_norms(norms_by_module(finite, trace.names, self.layer_depth), len(finite))
         return trace, held
@@ -266,8 +265,9 @@ class Recorder:
             return {}
         shares = by_module(self.held.shares(self.trace.names), self.layer_depth)
         of_share, of_norm = (self.prefix.replace("autoclip/", f"{section}/", 1) for section in SECTIONS)
-        norms = {of_norm + as_key(module): norm for module, norm in self.held.norms(shares).items()}
-        return {of_share + as_key(module): share for module, share in shares.items()} | norms
+        keys = as_keys(shares)
+        norms = {of_norm + keys[module]: norm for module, norm in self.held.norms(shares).items()}
+        return {of_share + keys[module]: share for module, share in shares.items()} | norms
 
     def _step_row(self, point: Point) -> dict[str, float]:
         row = {"grad_norm": point.norm, "threshold": point.threshold}

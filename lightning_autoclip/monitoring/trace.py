@@ -99,13 +99,16 @@ class Trace:
         other._share_sums = self._share_sums.clone()
         return other
 
-    def extend(self, points: Sequence[Point], squares: Tensor | None) -> None:
+    def extend(self, points: Sequence[Point], squares: Tensor | None) -> Tensor:
         """Take in some steps.
 
         Args:
             points: The steps in order.
             squares: Shape ``(len(points), len(names))``, float64: the squared norm of each parameter's gradient;
                 ``None`` where nobody measures them.
+
+        Returns:
+            The shares in the squared norm, as :func:`shares_of` has them.
         """
         for i, point in enumerate(points):
             step = Summary.of(point)
@@ -117,11 +120,13 @@ class Trace:
             if len(self.bins) > MOST_BINS:
                 self._halve()
             self._keep_if_large(point, None if squares is None else squares[i])
-        if squares is not None:
-            shares = shares_of(squares[[i for i, point in enumerate(points) if point.finite]])
-            for of_step in shares:  # in an order that does not depend on how many steps come at once
-                self._share_sums += of_step
-            self._share_steps += shares.shape[0]
+        if squares is None:
+            return self._share_sums.new_empty(0, len(self.names))
+        shares = shares_of(squares[[i for i, point in enumerate(points) if point.finite]])
+        for of_step in shares:  # in an order that does not depend on how many steps come at once
+            self._share_sums += of_step
+        self._share_steps += shares.shape[0]
+        return shares
 
     def _halve(self) -> None:
         pairs = zip(self.bins[::2], [*self.bins[1::2], None], strict=False)
