@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from chaos import faults, kills, sharing
+from chaos import faults, files, kills, sharing
 
 Scenario = Callable[[Path, Random], str]
 CLIPS: list[dict[str, Any]] = [
@@ -50,6 +50,10 @@ SCENARIOS: dict[str, Scenario] = {
     "a folder below a file": faults.a_folder_below_a_file,
     "a logger that fails, beside another": faults.a_logger_that_fails,
     "a single logger that fails": faults.a_single_logger_that_fails,
+    "damaged CSV files": partial(files.damaged_files, kind="csv"),
+    "damaged files of TensorBoard": partial(files.damaged_files, kind="tensorboard"),
+    "damaged files of W&B": partial(files.damaged_files, kind="wandb", tries=20),
+    "damaged checkpoints": partial(files.damaged_files, kind="checkpoint"),
     "one callback, two Trainers in turn": sharing.one_after_the_other,
     "one callback, two Trainers at a time": sharing.at_the_same_time,
     "one callback, two threads": sharing.in_two_threads,
