@@ -1,4 +1,4 @@
-"""Helper of overhead.py: the three models whose gradients are clipped."""
+"""Helper of overhead.py: the four models whose gradients are clipped."""
 
 import torch
 from lightning.pytorch import LightningModule
@@ -62,8 +62,22 @@ class Large(Shape):
         return factor * sum(torch.dot(weight, noise) for weight, noise in zip(self.weights, self.noise, strict=True))
 
 
+class ManyTensors(Shape):
+    """10,000 tensors of 100 entries: a linear loss too, of one operation, so that little but clipping counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.zeros(100) for _ in range(10_000))
+        self.noise = torch.randn(1_000_000) / 1000
+
+    def training_step(self, seed: Tensor, batch_idx: int) -> Tensor:
+        _, factor = self.batch(seed, 1)
+        return factor * torch.dot(torch.cat([*self.weights]), self.noise)
+
+
 SHAPES: dict[str, type[Shape]] = {
     "MLP, 6 tensors": MLP,
     "10M in 150 tensors": Transformer,
     "50M in 100 tensors": Large,
+    "1M in 10,000 tensors": ManyTensors,
 }

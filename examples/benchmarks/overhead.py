@@ -191,7 +191,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*found in your.*")
 
     names = list(SHAPES)
-    steps = {names[0]: 60} if arguments.quick else {names[0]: 1000, names[1]: 60, names[2]: 40}
+    steps = {names[0]: 60} if arguments.quick else dict(zip(names, (1000, 60, 40, 40), strict=True))
     lengths = [100, 1000] if arguments.quick else [100, 1000, 10_000, 100_000, 1_000_000]
     share = partial(logging_share, out=arguments.out)
     result = {

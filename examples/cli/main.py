@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_autoclip  # noqa: F401  # so that `AutoClip` will do for `lightning_autoclip.AutoClip`
+from lightning_autoclip import AutoClip  # noqa: F401  # so that its name will do for `lightning_autoclip.AutoClip`
 
 
 class NextCharacter(LightningModule):

@@ -18,8 +18,9 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -215,21 +216,30 @@ def train_all(runs: list[Run], path: Path, processes: int) -> None:
     todo = [run for run in runs if run not in done]
     print(f"{len(done)} trainings are done, {len(todo)} to do on {processes} processes.")
     start = time.perf_counter()
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
-    with path.open("a", newline="", encoding="utf-8") as file:
+    with path.open("a", newline="", encoding="utf-8") as file, closing(rows_of(todo, processes)) as rows:
         table = csv.DictWriter(file, COLUMNS)
         if not done:
             table.writeheader()
-        try:
-            for number, future in enumerate(as_completed([pool.submit(train, run) for run in todo]), 1):
-                table.writerow(future.result())
-                file.flush()
-                if number % 50 == 0:
-                    minutes = (time.perf_counter() - start) / 60
-                    whole = minutes * len(todo) / number
-                    print(f"{number}/{len(todo)} in {minutes:.1f} min, {whole:.0f} in all", flush=True)
-        finally:
-            pool.shutdown(cancel_futures=True)  # of what is left, when one fails
+        for number, row in enumerate(rows, 1):
+            table.writerow(row)
+            file.flush()
+            if number % 50 == 0:
+                minutes = (time.perf_counter() - start) / 60
+                whole = minutes * len(todo) / number
+                print(f"{number}/{len(todo)} in {minutes:.1f} min, {whole:.0f} in all", flush=True)
+
+
+def rows_of(runs: list[Run], processes: int) -> Generator[dict[str, Any], None, None]:
+    """The row of each training as it ends; one process is this one."""
+    if processes == 1:
+        yield from map(train, runs)
+        return
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"))
+    try:
+        for future in as_completed([pool.submit(train, run) for run in runs]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # of what is left, when one fails
 
 
 if __name__ == "__main__":
