@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     try:
         run = read_run(parsed.path)
-        _report(run, parsed.plot, parsed.json) if parsed.command == "report" else _suggest(run)
+        _report(run, parsed.path, parsed.plot, parsed.json) if parsed.command == "report" else _suggest(run)
         sys.stdout.flush()
     except ValueError as error:
         print(f"{parser.prog}: {printable(str(error))}", file=sys.stderr)
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
+def _report(run: RecordedRun, of: Path, plot: Path | None, as_json: bool) -> None:
     report = run.report()
     print(json.dumps(report.to_dict(), indent=1) if as_json else f"{printable(run.source)}\n{report}")
     if not any(trace.names for trace in run.traces.values()):
@@ -64,7 +65,7 @@ def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
         print("No plot: it needs matplotlib, which the extra `plot` installs.", file=sys.stderr)
         return
     try:
-        path, told = _save(figure, plot)
+        path, told = _save(figure, plot, _mark(of))
     except OSError as error:
         raise ValueError(
             f"Expected `--plot` to be a file that can be written, but got {plot or _PLOT}: {error}"
@@ -72,8 +73,8 @@ def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
     print(printable(f"Plot: {path}{told}"), file=sys.stderr)
 
 
-def _save(figure: Figure, plot: Path | None) -> tuple[Path, str]:
-    """Write the plot: over whatever stands where it was asked for, else never over another picture.
+def _save(figure: Figure, plot: Path | None, mark: str) -> tuple[Path, str]:
+    """Write the plot: over whatever stands where it was asked for, else never over the picture of another run.
 
     Returns:
         Where it is, and what else is to be said.
@@ -83,19 +84,25 @@ def _save(figure: Figure, plot: Path | None) -> tuple[Path, str]:
         drawn = _drawn(figure, plot.suffix.lstrip(".") or "png")
         plot.write_bytes(drawn)  # into that very file, whatever its name ends in
         return plot, told
-    drawn = _drawn(figure, "png")
+    drawn = _drawn(figure, "png", metadata={"Comment": mark})
     for path in (_PLOT, *(_PLOT.with_stem(f"{_PLOT.stem}-{number}") for number in range(1, 1000))):
         if not path.exists():
             path.write_bytes(drawn)
             return path, "" if path == _PLOT else f" ({_PLOT} shows something else: `--plot {_PLOT}` would replace it)"
-        if path.read_bytes() == drawn:
-            return path, " (as it was)"
+        if mark.encode() in (there := path.read_bytes()):
+            path.write_bytes(drawn)
+            return path, " (as it was)" if there == drawn else " (in place of an older one of this run)"
     raise OSError("there are a thousand of them: name one with `--plot`")
 
 
-def _drawn(figure: Figure, kind: str) -> bytes:
+def _mark(path: Path) -> str:
+    """What tells a run's pictures from those of others, and of its path nothing else."""
+    return f"lightning-autoclip {hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]}"
+
+
+def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
     drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=150, format=kind)
+    figure.savefig(drawn, dpi=150, format=kind, **options)
     return drawn.getvalue()
 
 

@@ -417,8 +417,29 @@ def test_a_picture_of_another_run_is_not_overwritten_unasked(recorded, capsys):
     assert "Plot: autoclip-1.png (as it was)" in report()
     assert not Path("autoclip-2.png").exists()
     assert "Plot: autoclip.png (in place of the one that was there)" in report("--plot", "autoclip.png")
-    assert Path("autoclip.png").read_bytes() == Path("autoclip-1.png").read_bytes()
+    first, second = (matplotlib.image.imread(name) for name in ("autoclip.png", "autoclip-1.png"))
+    assert np.array_equal(first, second)
     assert report("--plot", "new.png").strip() == "Plot: new.png"
+
+
+def test_a_picture_of_a_run_that_goes_on_takes_the_place_of_its_last_one(recorded, capsys):
+    def report(path: Path) -> str:
+        assert main(["report", str(path)]) == 0
+        return capsys.readouterr().err
+
+    whole = (recorded[0]["csv"] / "metrics.csv").read_text().splitlines(keepends=True)
+    log, other = Path("run/metrics.csv"), Path("other/metrics.csv")
+    for path in (log, other):
+        path.parent.mkdir()
+        path.write_text("".join(whole[:-2]))
+    assert report(log).endswith("Plot: autoclip.png\n")
+    assert "Plot: autoclip-1.png (autoclip.png shows something else" in report(other)
+    for path, name in ((log, "autoclip.png"), (other, "autoclip-1.png")):
+        before = Path(name).read_bytes()
+        path.write_text("".join(whole))
+        assert f"Plot: {name} (in place of an older one of this run)" in report(path)
+        assert Path(name).read_bytes() != before
+    assert not Path("autoclip-2.png").exists()
 
 
 BAD_FILES = {

@@ -592,6 +592,7 @@ def test_each_of_two_optimizers_has_a_section_of_its_own():
     assert not first.verdicts
     assert "vanishing gradients" in [verdict.name for verdict in second.verdicts]
     assert clipping.report().verdicts == second.verdicts
+    assert clipping.report().summary == "; ".join(f"{verdict.name} (Adam)" for verdict in second.verdicts)
     assert str(clipping.report()).startswith("autoclip/SGD: 120 steps, ")
     assert "## autoclip/Adam" in clipping.report().to_markdown()
 

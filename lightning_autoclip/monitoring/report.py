@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from textwrap import fill
 from typing import Any
@@ -14,6 +14,7 @@ from lightning_autoclip.monitoring.verdicts import LEAST_STEPS, Figures, Verdict
 
 _TOO_FEW = "too few steps to tell"
 _WIDTH = 100  # of a printed line
+_MOST_NAMED = 3  # optimizers or groups with a verdict
 _NO_STEP = (
     "No step was seen in this process. Either `fit` has not run yet, or it ran in others: strategies that start some"
     " (ddp_spawn, ddp_fork, ddp_notebook) print their report there, and their record is in the checkpoints that they"
@@ -64,10 +65,17 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """The verdicts' names, or ``"healthy"``, or that there is too little to tell."""
-        names = dict.fromkeys(verdict.name for verdict in self.verdicts)
-        enough = any(section.enough for section in self.sections)
-        return "; ".join(names) or ("healthy" if enough else _TOO_FEW)
+        """The verdicts' names, each with its optimizers if not all have it; ``"healthy"``; or that there is too little.
+
+        Of more than three optimizers or groups it tells how many they are.
+        """
+        found: dict[str, list[str]] = {}
+        for section in self.sections:
+            for verdict in section.verdicts:
+                found.setdefault(verdict.name, []).append(section.name.removeprefix("autoclip/"))
+        of_all, enough = len(self.sections), any(section.enough for section in self.sections)
+        told = [name if len(own) == of_all else f"{name} ({_few(own, of_all)})" for name, own in found.items()]
+        return "; ".join(told) or ("healthy" if enough else _TOO_FEW)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and finite numbers, fit for JSON; ``None`` for what is not known or infinite."""
@@ -102,6 +110,10 @@ def report_of(traces: Mapping[str, Trace], settings: Mapping[str, Any], has_scal
             enough = is_enough(trace, figures)
             sections.append(Section(prefix.strip("/"), figures, verdicts, measure, unbounded, enough))
     return Report(tuple(sections))
+
+
+def _few(names: Sequence[str], of_all: int) -> str:
+    return ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} of {of_all}"
 
 
 def _nothing(section: Section) -> str:
