@@ -30,6 +30,15 @@ def test_each_rule_shows_its_recorded_figures(rule):
     assert cells(rule.replace(",", "")) == [[round(row["added_us"]), round(row["ratio"], 2)] for row in rows]
 
 
+MANY = json.loads((ROOT / "docs" / "overhead-many.json").read_text())["rules"]
+
+
+@pytest.mark.parametrize("row", MANY[1:], ids=lambda row: row["rule"])
+def test_each_rule_shows_its_recorded_figures_of_many_tensors(row):
+    name = f"{row['rule']} in 10,000".replace(",", "")
+    assert cells(name) == [[round(row["added_us"] / 1000)], [round(row["ratio"], 2)]]
+
+
 @pytest.mark.parametrize("length", sorted({row["recorded"] for row in RECORDED["histories"]}))
 def test_each_length_of_the_record_shows_its_recorded_figures(length):
     rows = [row for row in RECORDED["histories"] if row["recorded"] == length]

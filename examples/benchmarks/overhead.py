@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="one short round of the small model, to see that it runs")
+    parser.add_argument("--only", choices=SHAPES, help="this model alone, and only the rules")
     parser.add_argument("--out", type=Path, default=Path("runs/overhead"), help="folder of the JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -190,11 +191,12 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"lightning\.pytorch")
     warnings.filterwarnings("ignore", message=".*found in your.*")
 
-    names = list(SHAPES)
-    steps = {names[0]: 60} if arguments.quick else dict(zip(names, (1000, 60, 40, 40), strict=True))
+    steps = dict(zip(SHAPES, (1000, 60, 40, 20), strict=True))
+    names = ["MLP, 6 tensors"] if arguments.quick else [*SHAPES][:3]
+    steps = {name: 60 if arguments.quick else steps[name] for name in ([arguments.only] if arguments.only else names)}
     lengths = [100, 1000] if arguments.quick else [100, 1000, 10_000, 100_000, 1_000_000]
     share = partial(logging_share, out=arguments.out)
-    result = {
+    result: dict[str, Any] = {
         "machine": {
             "processor": platform.processor() or platform.machine(),
             "threads": arguments.threads,
@@ -202,10 +204,11 @@ def main() -> None:
             "torch": torch.__version__,
         },
         "rules": compare(1 if arguments.quick else arguments.rounds, steps),
-        "histories": histories(lengths, 60 if arguments.quick else 1000),
-        "logging": [share(name, max(100, count)) for name, count in steps.items()],
-        "long_sums": [] if arguments.quick else long_sums(),
     }
+    if arguments.only is None:
+        result["histories"] = histories(lengths, 60 if arguments.quick else 1000)
+        result["logging"] = [share(name, max(100, count)) for name, count in steps.items()]
+        result["long_sums"] = [] if arguments.quick else long_sums()
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "overhead.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
