@@ -66,7 +66,7 @@ def says_something(command: str, path: Path) -> bool:
     """Whether a command of ours has a report of a file, rather than one line that says why not."""
     said, refused = io.StringIO(), io.StringIO()
     with redirect_stdout(said), redirect_stderr(refused):
-        code = main([command, str(path), *(["--plot", "plot.png"] if command == "report" else [])])
+        code = main([command, str(path), *(["--plot", str(path.parent / "plot.png")] if command == "report" else [])])
     lines = refused.getvalue().splitlines()
     assert code == (0 if said.getvalue() else 1), (code, lines)
     assert code == 0 or len(lines) == 1, lines
