@@ -144,22 +144,31 @@ def soak(steps: int, window: int | None, accelerator: str, folder: Path) -> dict
     }
 
 
-def full_history(values: int, on_accelerator: bool, device: str) -> dict[str, Any]:
-    """So many values in a full history: how far its percentiles are from numpy's, and what the last ones take."""
+def full_history(values: int, on_accelerator: bool, device: str, at_once: int = 0) -> dict[str, Any]:
+    """So many values in a full history: how far its percentiles are from numpy's, and what the last ones take.
+
+    Args:
+        values: How many.
+        on_accelerator: Whether they are tensors.
+        device: Where these are.
+        at_once: How many of them the record begins with.
+    """
     norms = np.random.default_rng(0).lognormal(0.0, 1.0, values).astype(np.float32)
     there = torch.from_numpy(norms).to(device)
     history, worst, since = History(None), 0.0, 0.0
-    checked = {*np.random.default_rng(1).choice(values, 50, replace=False).tolist(), values - 1}
-    for i in range(values):
-        if i == values - 1000:
+    history.extend(torch.from_numpy(norms[:at_once]))
+    timed_from = max(values - 1000, at_once)
+    checked = {*np.random.default_rng(1).integers(at_once, values, 50).tolist(), values - 1}
+    for i in range(at_once, values):
+        if i == timed_from:
             since = time.perf_counter()
         history.record(there[i] if on_accelerator else float(norms[i]))
         threshold = history.percentile(PERCENTILE)
-        if i in checked and i < values - 1000:
+        if i in checked and i < timed_from:
             worst = larger(worst, abs(float(threshold) / np.percentile(norms[: i + 1], PERCENTILE) - 1))
     if device == "cuda":
         torch.cuda.synchronize()
-    took = (time.perf_counter() - since) / 1000 * 1e6
+    took = (time.perf_counter() - since) / (values - timed_from) * 1e6
     worst = larger(worst, abs(float(threshold) / np.percentile(norms, PERCENTILE) - 1))
     return {"values": values, "on_accelerator": on_accelerator, "worst_threshold": worst, "step_us": took}
 
@@ -183,6 +192,8 @@ def main() -> None:
     on = "cuda" if given.accelerator == "gpu" else "cpu"
     histories = [full_history(5 * given.steps, on_accelerator=False, device="cpu")]
     histories.append(full_history(given.steps, on_accelerator=True, device=on))
+    many = 21 * given.steps // 4  # the ring grows at 2**20
+    histories.append(full_history(many, on_accelerator=True, device=on, at_once=many - min(given.steps, 3000)))
     for each in histories:
         print(
             f"{each['values']:,} values in the full history, {'tensors' if each['on_accelerator'] else 'floats'}:"
