@@ -65,8 +65,10 @@ def _report(run: RecordedRun, of: Path, plot: Path | None, as_json: bool) -> Non
         print("No plot: it needs matplotlib, which the extra `plot` installs.", file=sys.stderr)
         return
     try:
+        if plot is not None and plot.exists() and plot.samefile(of):
+            raise ValueError("it is what the report is of")
         path, told = _save(figure, plot, _mark(of))
-    except OSError as error:
+    except Exception as error:  # of the disk, or of the program that a format takes
         raise ValueError(
             f"Expected `--plot` to be a file that can be written, but got {plot or _PLOT}: {error}"
         ) from error
@@ -86,10 +88,10 @@ def _save(figure: Figure, plot: Path | None, mark: str) -> tuple[Path, str]:
         return plot, told
     drawn = _drawn(figure, "png", metadata={"Comment": mark})
     for path in (_PLOT, *(_PLOT.with_stem(f"{_PLOT.stem}-{number}") for number in range(1, 1000))):
-        if not path.exists():
+        if not os.path.lexists(path):  # a link to nothing is somebody's too
             path.write_bytes(drawn)
             return path, "" if path == _PLOT else f" ({_PLOT} shows something else: `--plot {_PLOT}` would replace it)"
-        if mark.encode() in (there := path.read_bytes()):
+        if path.is_file() and mark.encode() in (there := path.read_bytes()):
             path.write_bytes(drawn)
             return path, " (as it was)" if there == drawn else " (in place of an older one of this run)"
     raise OSError("there are a thousand of them: name one with `--plot`")
@@ -107,6 +109,8 @@ def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
 
 
 def _suggest(run: RecordedRun) -> None:
+    if not any(summary.norms for trace in run.traces.values() for summary in trace.bins):
+        raise ValueError(f"{run.source} has no step with a finite norm above 0, of which a percentile could be.")
     if not all(run.norms.values()):
         raise ValueError(
             f"Expected the norms of single steps, but {run.source} has rows of many steps. Use a checkpoint, or log"

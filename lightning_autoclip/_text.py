@@ -72,7 +72,7 @@ def as_keys(names: Iterable[str]) -> dict[str, str]:
     taken = set[str]()
     for name in names:
         key = as_key(name)
-        if as_ascii_key(key) in taken:
+        while as_ascii_key(key) in taken:
             key = f"{key}-{_checksum(name)}"
         taken.add(as_ascii_key(key))
         keys[name] = key

@@ -32,7 +32,7 @@ from lightning_autoclip.strategies import (
     in_a_loop,
     parameter_names,
 )
-from lightning_autoclip.telling import Telling, located, log_every
+from lightning_autoclip.telling import Telling, located, log_every, step_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,7 +164,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         self._settings.has_engine = isinstance(self._clipping, ZeroEngine)
         self._settings.has_scaler = grad_scaler(trainer) is not None
         measure_every = min(max((log_every(trainer) or 50) // 5, 1), 10)  # five times per row
-        self._scopes.take_up(trainer.optimizers, parameter_names(pl_module), measure_every)
+        self._scopes.take_up(trainer.optimizers, parameter_names(pl_module), measure_every, step_of(trainer))
         self._batch_idx, self._trained = None, True
         self._telling.begin(trainer)
 
@@ -192,7 +192,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         if self._clipping is None or not self._clipping.is_at_a_step():
             return
         known = self._scopes.of(optimizer, trainer.optimizers)
-        known.announce(self._backward_ran, trainer.global_step)
+        known.announce(self._backward_ran or not pl_module.automatic_optimization, trainer.global_step)
         scaler = grad_scaler(trainer)
         if trainer.fit_loop._skip_backward:
             return  # StochasticWeightAveraging passes over the data once more: the gradients are stale
@@ -205,7 +205,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             )
         if known.has_changed:  # parameters have joined, or changed places
             self._scopes.take_in(known, parameter_names(pl_module))
-        where = trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.current_epoch, self._batch_idx or 0
+        where = step_of(trainer), trainer.current_epoch, self._batch_idx or 0
         parts = [(scope.clipper, scope.positions) for scope in known.scopes.values()]
         try:
             known.keep(self._clipping.clip(parts, optimizer, scaler), *where)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from lightning_autoclip._text import as_ascii_key, as_key, shown
+from lightning_autoclip._text import as_ascii_key, as_key, printable, shown
 
 PARAM_GROUPS = "param_groups"
 REST = "rest"
@@ -78,7 +78,7 @@ def group_by_id(groups: Mapping[str, Sequence[str]], named: Sequence[tuple[int, 
         for pattern in patterns:
             matched = [(key, name) for key, name in named if fnmatchcase(name, pattern)]
             if not matched:
-                some = ", ".join(name for _, name in named[:4])
+                some = printable(", ".join(name for _, name in named[:4]))
                 raise ValueError(
                     f"Expected each pattern in `groups` to match a parameter, but {pattern!r} of {group!r} matches"
                     f" none. The model's are named {some}{', ...' if len(named) > 4 else ''}; `*` stands for anything."

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_autoclip._checks import check_bool, check_integer
 from lightning_autoclip._text import as_key, printable
@@ -73,13 +74,14 @@ class Scopes:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "optimizers": []}  # of this process
 
-    def take_up(self, optimizers: Sequence[Any], named: Named, measure_every: int) -> None:
+    def take_up(self, optimizers: Sequence[Any], named: Named, measure_every: int, step: int) -> None:
         """Begin a fit: give each optimizer its scopes, those that were restored or new ones.
 
         Args:
             optimizers: Those of the Trainer.
             named: The names of the model's parameters.
             measure_every: By value, every how many steps the norm after clipping is measured.
+            step: Of the loggers, that the fit begins with.
 
         Raises:
             MisconfigurationException: The records that were restored are not those of these optimizers and groups.
@@ -103,9 +105,21 @@ class Scopes:
         for scope in self:
             scope.clipper.release()  # a second fit has new optimizers
             scope.clipper.clipped_norm_every = measure_every
+        self._begin_anew_behind(step)
         for known in self.optimizers:
             known.gate.settle()
             self._take_in(known, found[known.prefix], named)
+
+    def _begin_anew_behind(self, step: int) -> None:
+        """Of a training that was further than this one, keep what is recorded: its steps are not those of this one."""
+        last = max((scope.trace.bins[-1].last for scope in self if scope.trace.bins), default=-1.0)
+        if last > step:
+            rank_zero_warn(
+                f"The record that was loaded goes up to step {last:.0f}, and this fit begins with step {step}: the"
+                " recorded norms are kept, and steps are counted anew, in rows and in the report."
+            )
+            for scope in self:
+                scope.begin_anew()
 
     def _refuse_exchanged(self, named: dict[str, list[str]]) -> None:
         """Refuse a record that is of the parameters of another optimizer of this run: they stand in another order."""
@@ -143,8 +157,9 @@ class Scopes:
                 self.optimizers.append(known)
         if known is None:
             raise MisconfigurationException(
-                f"`{type(optimizer).__name__}` steps, but it neither is one of `trainer.optimizers` nor wraps one, so"
-                " that it has no record. Return it from `configure_optimizers`, or put it into `trainer.optimizers`."
+                f"`{printable(type(optimizer).__name__)}` steps, but it neither is one of `trainer.optimizers` nor"
+                " wraps one, so that it has no record. Return it from `configure_optimizers`, or put it into"
+                " `trainer.optimizers`."
             )
         if known.optimizer is not optimizer:
             known.follow(optimizer)

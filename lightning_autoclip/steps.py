@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from lightning_autoclip._text import printable
 from lightning_autoclip.clipping.clipper import GradientClipper
 from lightning_autoclip.clipping.gate import StepGate
 from lightning_autoclip.clipping.optimizers import parameters_of
@@ -61,12 +62,18 @@ class Scope:
         trace, held = Trace.from_state(state["trace"]), Held.from_state(state["held"])
         self.clipper.load_state_dict(state["clipper"])
         seen, (steps, bad) = Summary.merged(trace.bins), (self.clipper.steps, self.clipper.nonfinite_total)
-        if (seen.steps, seen.nonfinite) != (steps, bad) or len(held.points) > steps:
+        waiting = held.points[-1].step if held.points else -1
+        if (seen.steps, seen.nonfinite) != (steps, bad) or len(held.points) > steps or waiting > seen.last:
             raise ValueError(
                 f"The state of a scope is damaged: its record is of {steps} steps, {bad} of them not finite, its trace"
                 f" of {seen.steps:.0f}, {seen.nonfinite:.0f} of them not finite."
             )
         self.recorder.restore(trace, held)
+
+    def begin_anew(self) -> None:
+        """Keep the recorded norms, and begin with everything else."""
+        self.clipper.begin_anew()
+        self.recorder.restore(Trace(), Held())
 
     def go_on_from(self, other: Scope) -> None:
         """Take over what happened to another one."""
@@ -104,7 +111,7 @@ class OptimizerScopes:
             scope.clipper.release()
 
     def announce(self, has_loss: bool, global_step: int) -> None:
-        """A step is coming; without a loss, nobody expects gradients."""
+        """A step is coming; without a loss, in automatic optimization, nobody expects gradients."""
         self.announced += has_loss
         for scope in self.scopes.values():
             scope.begin_step()
@@ -152,21 +159,21 @@ class OptimizerScopes:
         Args:
             has_ended: Whether to speak of an optimizer that has made no step at all.
         """
-        name, steps = type(self.optimizer).__name__, self.announced + self.passed_by
+        name, steps = printable(type(self.optimizer).__name__), self.announced + self.passed_by
         if self.passed_by:
             return (
                 f"saw {self.announced or 'none'} of the {steps} steps of `{name}` so far: the others were not clipped."
                 " In manual optimization, step what `self.optimizers()` returns: `optimizer.step()`, not"
                 " `optimizer.optimizer.step()`."
             )
-        if self.announced and not self.measured:
+        if self.announced and not self.measured and parameters_of(self.optimizer):
             return (
                 f"saw {steps} steps of `{name}` so far, and none of its parameters had a gradient, so none was"
                 " clipped. If the model trains all the same, something else makes its steps: other optimizers, perhaps"
                 " within the backward pass, or copies of the weights that get their gradients inside of the step. It"
                 " cannot clip those."
             )
-        if has_ended and not steps:
+        if has_ended and not steps and not self.measured:
             return (
                 f"saw no step of `{name}` so far, so none was clipped. In manual optimization, step what"
                 " `self.optimizers()` returns. Optimizers that `trainer.optimizers` does not hold are not clipped."

@@ -67,7 +67,7 @@ class Telling:
         live.show(trainer, self._scopes.figures)
         self._defined, self._table = set[str](), loggers.SpikesInTime()
         self._define(trainer)
-        hparams, step = getattr(trainer.lightning_module, "hparams", {}), _step(trainer)
+        hparams, step = getattr(trainer.lightning_module, "hparams", {}), step_of(trainer)
         loggers.describe(_loggers(trainer), self._settings.to_log(), hparams, step)
 
     def _define(self, trainer: Trainer) -> None:
@@ -171,7 +171,7 @@ class Telling:
         """Log the spike table and the report's verdicts."""
         if told := _loggers(trainer):
             health = report().summary if self._scopes else None
-            loggers.conclude(told, self._scopes.spikes(), health, _step(trainer), self._table.shown)
+            loggers.conclude(told, self._scopes.spikes(), health, step_of(trainer), self._table.shown)
 
     def warn_if_trained_elsewhere(self, trainer: Trainer) -> None:
         """Warn of a checkpoint of a process that has seen no step since others have made them."""
@@ -228,7 +228,7 @@ def log_every(trainer: Trainer) -> int:
     return every
 
 
-def _step(trainer: Trainer) -> int:
+def step_of(trainer: Trainer) -> int:
     """The loggers' step."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 

@@ -584,3 +584,15 @@ def test_a_run_that_goes_on_without_the_bound_is_not_called_healthy(tmp_path):
     with pytest.warns(UserWarning, match="max_update_ratio"):
         trainer(second, max_epochs=5).fit(Net(fast), loader(), ckpt_path=tmp_path / "a.ckpt")
     assert "learning rate too high" in second.report().summary
+
+
+def test_weights_that_were_frozen_behind_their_gradient_are_bounded_too(form):
+    weight = nn.Parameter(torch.full((2, 2), 0.5))
+    optimizer = SGD([weight], lr=1.0)
+    clipper = GradientClipper(Percentile(100), max_update_ratio=0.25)
+    weight.grad = torch.full((2, 2), 50.0)
+    weight.requires_grad_(False)
+    clipper.clip_(optimizer)
+    before = weight.clone()
+    optimizer.step()
+    assert float((weight - before).norm() / before.norm()) == pytest.approx(0.25)

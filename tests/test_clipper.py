@@ -28,6 +28,7 @@ from lightning_autoclip import (
     ZScore,
 )
 from lightning_autoclip.clipping import _numbers
+from lightning_autoclip.clipping.optimizers import parameters_of
 
 GRADIENT = (2.0, -6.0, 8.0, -3.0, 5.0)
 ENTRIES = st.floats(-(2**10), 2**10, width=32).filter(lambda x: x == 0 or abs(x) > 2**-10)
@@ -640,6 +641,36 @@ def test_the_default_dtype_does_not_reach_the_record(dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert other.history.recorded.tolist() == clipper.history.recorded.tolist() == [pytest.approx(1.2345678, rel=1e-7)]
+
+
+def test_a_step_without_any_entry_leaves_no_trace_in_the_record(form):
+    optimizer = AdamW([nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(0))], fused=True)
+    clipper, (parameter, empty) = (
+        GradientClipper(Percentile(50), gradient_clip_algorithm="value"),
+        parameters_of(optimizer),
+    )
+    for entry in (1.0, 10.0, None, 4.0):
+        parameter.grad = None if entry is None else torch.full((2,), entry)
+        empty.grad = torch.ones(0)
+        threshold = float(clipper.clip_(optimizer).threshold)
+    assert clipper.history.recorded.tolist() == pytest.approx([1.0, 10.0, 4.0])
+    assert threshold == pytest.approx(4.0)
+    GradientClipper(Percentile(50), gradient_clip_algorithm="value").load_state_dict(clipper.state_dict())
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_expanded_gradients_are_clipped(form, algorithm):
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    (parameter.grad,) = torch.autograd.grad(4 * parameter.sum(), [parameter])
+    assert parameter.grad.stride() == (0, 0)
+    clip(Constant(2.0), parameter, gradient_clip_algorithm=algorithm)
+    expected = {"norm": 2 / math.sqrt(6), "value": 2.0}[algorithm]
+    assert parameter.grad.flatten().tolist() == pytest.approx([expected] * 6)
+
+
+def test_an_optimizer_without_parameters_has_nothing_to_clip(form):
+    optimizer = SGD([{"params": []}], lr=0.1)
+    assert GradientClipper(Percentile(50)).clip_(optimizer) is None
 
 
 # --- the plain numbers of the CPU -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Net, loader, trainer
+from helpers import Net, loader, read_csv, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -103,6 +104,7 @@ def go_on_from(state: dict[str, Any], folder: Path) -> None:
     assert len(autoclip.spikes()) > 6
     autoclip.plot()
     run.save_checkpoint(folder / "again.ckpt")
+    AutoClip(50, groups="param_groups", **ARGUMENTS).load_state_dict(autoclip.state_dict())
 
 
 def every_damage(state: dict[str, Any]) -> list[tuple[tuple[Any, ...], Any]]:
@@ -182,10 +184,73 @@ def test_optimizers_in_another_order_are_refused_and_renamed_ones_go_on(tmp_path
         trainer(autoclip).fit(net(sgd, sgd), loader())
         return autoclip
 
-    assert [clipper.steps for clipper in go_on(OptimizerPerLayer).clippers] == [32, 32]
-    assert [clipper.steps for clipper in go_on(OtherOrder, called="before.").clippers] == [32, 32]
+    assert [len(clipper.history) for clipper in go_on(OptimizerPerLayer).clippers] == [32, 32]
+    assert [len(clipper.history) for clipper in go_on(OtherOrder, called="before.").clippers] == [32, 32]
     with pytest.raises(MisconfigurationException, match="is of the parameters that `autoclip/SGD-1/` has in this run"):
         go_on(OtherOrder)
+
+
+def test_a_record_that_is_loaded_by_hand_serves_a_new_training_whose_steps_are_counted_anew(checkpoint, tmp_path):
+    autoclip, callbacks = AutoClip(50, groups="param_groups", **ARGUMENTS), checkpoint["callbacks"]
+    autoclip.load_state_dict(callbacks["GradientClipping"])
+    before = [clipper.history.recorded.tolist() for clipper in autoclip.clippers]
+    run = trainer(autoclip, log_every_n_steps=4, logger=CSVLogger(tmp_path, "", "run"), enable_checkpointing=True)
+    with pytest.warns(UserWarning, match="goes up to step 28, and this fit begins with step 0: the recorded norms are"):
+        run.fit(two_layers(), loader(n=64))
+    for clipper, norms in zip(autoclip.clippers, before, strict=True):
+        assert clipper.steps == 16
+        assert clipper.history.recorded.tolist()[: len(norms)] == norms
+    rows = read_csv(tmp_path / "run" / "metrics.csv")
+    assert [row["step"] for row in rows if row["autoclip/one/grad_norm_mean"]] == ["3", "7", "11", "15"]
+    run.save_checkpoint("again.ckpt")
+    assert "autoclip/one: 16 steps" in str(read_run(Path("again.ckpt")).report())
+    resumed = AutoClip(50, groups="param_groups", **ARGUMENTS)
+    trainer(resumed, max_epochs=2).fit(two_layers(), loader(n=64), ckpt_path="again.ckpt", weights_only=False)
+    assert [clipper.steps for clipper in resumed.clippers] == [32, 32]
+
+
+@pytest.mark.parametrize("step", [10**12, 10**5])
+def test_steps_that_wait_are_in_order_and_none_is_behind_the_last(checkpoint, step):
+    state = checkpoint["callbacks"]["GradientClipping"]
+    for place in (0, -1):
+        scope = state["scopes"]["autoclip/one/"]
+        points = scope["held"]["points"].clone()
+        points[place, 0] = step
+        scopes = {**state["scopes"], "autoclip/one/": {**scope, "held": {**scope["held"], "points": points}}}
+        with pytest.raises(ValueError, match="damaged"):
+            AutoClip(50, groups="param_groups", **ARGUMENTS).load_state_dict({**state, "scopes": scopes})
+
+
+@pytest.mark.parametrize("by", [5, None, 1.5, (1, 2), True], ids=repr)
+def test_a_report_of_a_record_without_a_name_is_one_line(checkpoint, by):
+    state = checkpoint["callbacks"]["GradientClipping"]
+    scopes = {by: state["scopes"]["autoclip/one/"]}
+    torch.save({**checkpoint, "callbacks": {"GradientClipping": {**state, "scopes": scopes}}}, "run.ckpt")
+    with pytest.raises(ValueError, match="damaged"):
+        read_run(Path("run.ckpt"))
+
+
+@pytest.mark.parametrize("values", [torch.tensor(1.0), torch.ones(2, 2), torch.ones(2, dtype=torch.int64)], ids=str)
+def test_a_report_of_a_history_that_is_none_is_one_line(checkpoint, values):
+    state = checkpoint["callbacks"]["GradientClipping"]
+    scope = state["scopes"]["autoclip/one/"]
+    clipper = {**scope["clipper"], "history": {**scope["clipper"]["history"], "values": values}}
+    scopes = {"autoclip/one/": {**scope, "clipper": clipper}}
+    torch.save({**checkpoint, "callbacks": {"GradientClipping": {**state, "scopes": scopes}}}, "run.ckpt")
+    with pytest.raises(ValueError, match="damaged"):
+        read_run(Path("run.ckpt"))
+
+
+@pytest.mark.parametrize("at", [0.3, 0.6, 0.97, 0.985, 0.999])
+def test_an_archive_whose_bytes_are_others_is_one_line_or_right(checkpoint, at):
+    torch.save(checkpoint, "run.ckpt")
+    sound = Path("run.ckpt").read_bytes()
+    for number in range(40):
+        place = int(at * len(sound)) + number
+        if place < len(sound):
+            Path("run.ckpt").write_bytes(sound[:place] + bytes([sound[place] ^ 0xFF]) + sound[place + 1 :])
+            with suppress(ValueError):
+                read_run(Path("run.ckpt")).report()
 
 
 def test_settings_that_cannot_be_compared_are_changed_ones(checkpoint):

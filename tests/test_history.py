@@ -257,3 +257,13 @@ def test_the_state_before_a_value_that_came_in_the_other_form():
             before = history.state_dict()
             history.record(forms[at % 2](value))
             assert history.state_before()["values"].tolist() == before["values"].tolist()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_values_that_came_in_inference_mode_are_followed_by_others(form):
+    with in_form(form):
+        metric = RunningPercentile(50)
+        with torch.inference_mode():
+            metric.update(torch.tensor(1.0))
+        metric.update(torch.tensor(3.0))
+        assert float(metric.compute()) == 2.0

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from chaos.faults import small_files
 from fsspec.implementations.local import LocalFileSystem
 from helpers import Net, by_percentile, loader, trainer
@@ -25,7 +27,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam
 from wandb_reader import finish
 
-from lightning_autoclip import AutoClip
+from lightning_autoclip import AutoClip, GradientClipping, History, Policy
 from lightning_autoclip.__main__ import main
 from lightning_autoclip.monitoring.runs import RecordedRun, read_run
 from lightning_autoclip.monitoring.texts import replace_text
@@ -163,6 +165,14 @@ HOSTILE = [
     "[1, 2]",
     "lightning_autoclip: 7",
     "lightning_autoclip: {policy: mine}",
+    "x: !!int ''",
+    "x: !!bool maybe",
+    "x: !!timestamp foo",
+    "lightning_autoclip: {policy: {}, gradient_clip_algorithm: norm, max_threshold: 1, warmup_steps: 1"
+    + "0" * 400
+    + "}",
+    "lightning_autoclip: {policy: {name: Percentile, percentile: 5, multiplier: [1]}, gradient_clip_algorithm: norm,"
+    " max_threshold: 0, warmup_steps: 1}",
     "lightning_autoclip: {policy: {}, gradient_clip_algorithm: norm, max_threshold: null, warmup_steps: many}",
     "lightning_autoclip: {policy: {percentile: [1]}, gradient_clip_algorithm: norm, max_threshold: 0, warmup_steps: 1}",
     "a: [",
@@ -342,3 +352,83 @@ def test_a_file_that_cannot_be_written_anew_stays_as_it_was(tmp_path):
         replace_text(LocalFileSystem(), str(path), "lr: 0.2\n" * 100)
     assert path.read_text() == "lr: 0.1\n"
     assert [*tmp_path.iterdir()] == [path]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+class Masked(Net):
+    """Some batches are masked: their gradient is exactly zero."""
+
+    def __init__(self, is_masked: Callable[[int], bool]) -> None:
+        super().__init__(slowly)
+        self.is_masked = is_masked
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (not self.is_masked(batch_idx))
+
+
+@pytest.mark.parametrize("kind", ["csv", "tensorboard"])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("every", [1, 4], ids=["every second", "the last of every second row"])
+def test_rows_of_gradients_that_are_zero_tell_what_the_checkpoint_tells(tmp_path, kind, algorithm, every):
+    run = trainer(
+        AutoClip(25, max_update_ratio=None, gradient_clip_algorithm=algorithm, verbose=False),
+        logger=MAKERS[kind](tmp_path),
+        log_every_n_steps=every,
+        max_epochs=3,
+    )
+    model = Masked(lambda i: i % 2 == 1 if every == 1 else i % 8 == 7)
+    run.fit(model, loader())
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    of_rows, of_steps = (read_run(tmp_path / name).report().sections[0].figures for name in ("run", "last.ckpt"))
+    if algorithm == "norm":
+        assert of_rows.clipped_fraction == pytest.approx(of_steps.clipped_fraction)
+        assert of_rows.clip_coef_mean == pytest.approx(of_steps.clip_coef_mean)
+    assert of_rows.norm_first == pytest.approx(of_steps.norm_first, rel=0.5)
+    assert (of_rows.steps, of_rows.nonfinite) == (of_steps.steps, of_steps.nonfinite) == (48, 0)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tensorboard"])
+@pytest.mark.parametrize(
+    "key", ["val/no_autoclip_elbo", "compare_autoclip/val_loss", "autoclip_p50-train/log_likelihood"]
+)
+def test_metrics_of_the_users_own_are_none_of_ours(tmp_path, kind, key):
+    class Logging(Net):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.logger.log_metrics({key: -3.0}, step=self.trainer.global_step)
+
+    run = trainer(by_percentile(50, verbose=False), logger=MAKERS[kind](tmp_path), log_every_n_steps=4)
+    run.fit(Logging(slowly), loader())
+    assert read(tmp_path, kind).report().sections[0].figures.steps == 16
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path, capsys):
+    for path in (Path("x" * 300), Path("x" * 300) / "metrics.csv"):
+        assert main(["report", str(path)]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "that can be read" in line
+
+
+def test_a_run_without_a_step_that_counts_says_so_to_who_asks_for_advice(tmp_path, capsys):
+    run = trainer(by_percentile(log_every_step=True, verbose=False), logger=MAKERS["csv"](tmp_path))
+    run.fit(Masked(lambda i: True), loader())
+    assert main(["suggest", str(tmp_path / "run")]) == 1
+    assert "no step with a finite norm above 0" in capsys.readouterr().err
+
+
+def test_settings_of_several_lines_are_written_anew_and_not_once_more(tmp_path):
+    @dataclass(frozen=True)
+    class Mine(Policy):
+        text: str
+
+        def __call__(self, history: History) -> Any:
+            return history.percentile(50)
+
+    texts = []
+    for _ in range(3):
+        run = trainer(GradientClipping(Mine("one\n\ntwo"), verbose=False), logger=MAKERS["tensorboard"](tmp_path))
+        run.fit(Net(slowly), loader())
+        texts.append((tmp_path / "run" / "hparams.yaml").read_text())
+    assert texts[0] == texts[1] == texts[2]
+    assert yaml.safe_load(texts[0])["lightning_autoclip"]["policy"]["text"] == "one\n\ntwo"

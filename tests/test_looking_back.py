@@ -442,6 +442,17 @@ def test_a_picture_of_a_run_that_goes_on_takes_the_place_of_its_last_one(recorde
     assert not Path("autoclip-2.png").exists()
 
 
+def test_the_file_that_is_reported_of_and_links_of_others_are_not_written_to(recorded, capsys):
+    Path("last").write_bytes(recorded[0]["checkpoint"].read_bytes())
+    assert main(["report", "last", "--plot", "last"]) == 1
+    assert "it is what the report is of" in capsys.readouterr().err
+    assert Path("last").read_bytes() == recorded[0]["checkpoint"].read_bytes()
+    Path("autoclip.png").symlink_to("elsewhere.png")
+    assert main(["report", "last"]) == 0
+    assert not Path("elsewhere.png").exists()
+    assert Path("autoclip-1.png").exists()
+
+
 BAD_FILES = {
     "missing": (None, "is missing"),
     "text.ckpt": (b"no checkpoint", "to be a checkpoint"),

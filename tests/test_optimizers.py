@@ -15,7 +15,7 @@ import pytest
 import schedulefree
 import torch
 from bitsandbytes.optim import AdamW8bit, Lion8bit
-from helpers import loader, norm_of, trainer, weights
+from helpers import Net, loader, norm_of, trainer, weights
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Adam, Optimizer
@@ -218,3 +218,28 @@ def test_with_a_scaler_the_steps_are_those_without(name: str, unscale: bool) -> 
     (plain, norms), (scaled, scaled_norms) = found
     torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=1e-5)
     assert scaled_norms == pytest.approx(norms, rel=1e-3)
+
+
+class Zeroing(Optimizer):
+    """Takes a gradient that is not there for one of zero, as some versions of Muon do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.mul_(0.99).add_(parameter.grad, alpha=-0.1)
+        return loss
+
+
+def test_an_optimizer_that_moves_weights_without_gradients_is_told_of_once():
+    scales = [1.0] * 8 + [math.nan] * 4 + [1.0] * 8 + [math.nan] * 4 + [1.0] * 40
+    model = Net(Zeroing)
+    with pytest.warns(UserWarning, match="`Zeroing` has moved weights at a step that was left out") as caught:
+        trainer(AutoClip(50, verbose=False)).fit(model, loader(scales=scales))
+    assert sum("has moved weights" in str(each.message) for each in caught) == 1
+    assert weights(model).isfinite().all()

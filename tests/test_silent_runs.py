@@ -781,3 +781,26 @@ def test_the_refusal_of_a_second_clipping_says_what_to_do_where_a_package_has_se
 
 def test_a_report_of_nothing_says_where_the_steps_may_have_been():
     assert "No step was seen in this process." in str(AutoClip().report())
+
+
+class Bare(Manual):
+    """Manual optimization that calls `backward` itself; beside its optimizer stands one without parameters."""
+
+    def configure_optimizers(self):
+        return [SGD(self.parameters(), lr=0.01), SGD([{"params": []}], lr=0.01)]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.loss(batch).backward()
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def test_a_loop_that_calls_backward_itself_is_clipped_and_not_warned_of():
+    autoclip = AutoClip(50, verbose=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(autoclip, log_every_n_steps=2, max_epochs=4).fit(Bare(), loader())
+    assert [clipper.steps for clipper in autoclip.clippers] == [64, 0]
+    assert not [each for each in caught if "`AutoClip`" in str(each.message)]

@@ -181,9 +181,11 @@ def clip_together_(
         A record per clipper; ``None`` where no parameter of its group has a gradient.
     """
     (first, _), parameters = clippers[0], parameters_of(target)
-    refuse_capture(parameters[0].device)
     optimizer = _optimizer_of(target, first)
     gate = None if optimizer is None else _gate_of(optimizer, clippers, parameters, shards)
+    if not parameters:
+        return [None] * len(clippers)
+    refuse_capture(parameters[0].device)
     scaler = grad_scaler if grad_scaler is not None and grad_scaler.is_enabled() else None
     if not (have_gradients(parameters, None) or are_shared(parameters, shards)):
         return [None] * len(clippers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -9,6 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from lightning_autoclip._text import printable
 from lightning_autoclip.clipping.undo import Undo
 
 
@@ -36,6 +38,8 @@ class StepGate:
         self._depth = 0  # a subclass's step may call its parent's, and both have the hooks
         self._is_within = False  # a closure
         self._taken: list[tuple[Tensor, Tensor]] = []
+        self._versions: list[int] = []  # of the parameters whose gradients are taken
+        self._is_told_of = False  # whether its steps move weights that have no gradients
         self._given_back: list[tuple[Tensor, Tensor]] = []
         self._is_asked = False  # to drop them: else they would be held for nothing
         self._was_zeroed = self._notes_zero_grad = False  # while they are taken
@@ -132,6 +136,7 @@ class StepGate:
             if parameter.grad is not None:
                 self._taken.append((parameter, parameter.grad))
                 parameter.grad = None
+        self._versions = [parameter._version for parameter, _ in self._taken]
 
     def _after(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forget_found_inf(optimizer)
@@ -150,6 +155,14 @@ class StepGate:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _give_back(self, optimizer: Any) -> None:
+        if not self._is_told_of and [each._version for each, _ in self._taken] != self._versions:
+            self._is_told_of = True
+            warnings.warn(
+                f"`{printable(type(optimizer).__name__)}` has moved weights at a step that was left out: to it, a"
+                " gradient that is not there is one of zero, so momentum and weight decay go on. Stop at such"
+                ' steps with `nonfinite="raise"`, or use an optimizer that passes over parameters without a gradient.',
+                stacklevel=2,
+            )
         given_back = [] if self._was_zeroed else [each for each in self._taken if each[0].grad is None]
         for parameter, gradient in given_back:
             parameter.grad = gradient

@@ -13,6 +13,7 @@ from lightning_autoclip.clipping._numbers import Number, Numbers, as_there, at, 
 from lightning_autoclip.clipping.bound import Rates
 from lightning_autoclip.clipping.clip import clip_norm_, clip_value_
 from lightning_autoclip.clipping.gradients import Gradients, Measured, norm_of
+from lightning_autoclip.clipping.shards import is_trained
 from lightning_autoclip.clipping.step import StepRecord
 from lightning_autoclip.clipping.threshold import Threshold
 
@@ -116,7 +117,7 @@ def have_gradients(
 
 def are_weighed(owners: Owners, parameters: Sequence[Tensor]) -> bool:
     """Whether the weights of a group or more are to be measured."""
-    trained = tuple([parameter.requires_grad for parameter in parameters])
+    trained = tuple(map(is_trained, parameters))
     due = [
         threshold.bound.weighs(threshold.steps + 1, len(parameters if own is None else own), trained)
         for threshold, own in owners

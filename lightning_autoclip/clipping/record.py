@@ -89,9 +89,10 @@ class History:
             counts: With a tensor, shape ``()``, bool: whether the value, which may be anything else, is recorded.
         """
         if isinstance(value, Tensor):
-            if self._on_device is None or self._on_device.ring.device != value.device:
-                self._on_device = _OnDevice(self.recorded, self.count, self.window, value.device)
-            self._on_device.record(value, torch.ones_like(value, dtype=torch.bool) if counts is None else counts)
+            with torch.inference_mode(False):  # what is made in it cannot be written to out of it
+                if self._on_device is None or self._on_device.ring.device != value.device:
+                    self._on_device = _OnDevice(self.recorded, self.count, self.window, value.device)
+                self._on_device.record(value, torch.ones_like(value, dtype=torch.bool) if counts is None else counts)
             self.calls += 1
             return
         if self._on_device is not None:

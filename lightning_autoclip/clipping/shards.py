@@ -71,9 +71,14 @@ def share_of_weights(parameter: Any, shards: Mapping[Tensor, Shard]) -> float:
     return shards[parameter].share if parameter in shards else 1 / dist.get_world_size()
 
 
+def is_trained(parameter: Any) -> bool:
+    """Whether a step may move it: also where it was frozen when its gradient was there."""
+    return bool(parameter.requires_grad or parameter.grad is not None)
+
+
 def shape_of(parameter: Tensor, shards: Mapping[Tensor, Shard]) -> torch.Size | None:
     """The shape of the whole parameter; `None` of one that is not trained, not there yet, or empty."""
-    if not parameter.requires_grad or is_lazy(parameter):
+    if not is_trained(parameter) or is_lazy(parameter):
         return None
     given = shards[parameter].shape if parameter in shards else None
     shape = parameter.shape if given is None else given
@@ -93,7 +98,7 @@ def nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def weights_of(parameter: Any) -> Tensor:
     """What this process holds of a parameter as a real tensor; nothing of one that is not trained or not there yet."""
-    if not parameter.requires_grad or is_lazy(parameter):
+    if not is_trained(parameter) or is_lazy(parameter):
         return nothing(parameter.dtype, parameter.device)
     held: Tensor = (parameter.to_local() if hasattr(parameter, "placements") else parameter).detach()
     return torch.view_as_real(held.resolve_conj()) if held.is_complex() else held
@@ -107,7 +112,7 @@ def gradient_of(parameter: Any) -> Tensor:
     if type(gradient) is not Tensor and hasattr(gradient, "placements"):  # looking for what is not there is slow
         return _local(parameter)
     if gradient.layout is torch.strided and not gradient.is_complex() and not gradient.is_neg():
-        return gradient  # type: ignore[no-any-return]
+        return gradient if gradient.is_contiguous() or 0 not in gradient.stride() else _plain(parameter)
     return _plain(parameter)
 
 
@@ -126,7 +131,7 @@ def _local(parameter: Any) -> Tensor:
 
 
 def _plain(parameter: Any) -> Tensor:
-    """A gradient that is sparse, complex or lazily negated, as a real, dense tensor that shares its memory."""
+    """A sparse, complex, expanded or lazily negated gradient as a real, dense tensor that shares its memory."""
     gradient: Any = parameter.grad
     if gradient.layout is torch.sparse_coo:
         gradient = parameter.grad = gradient.coalesce()
@@ -135,4 +140,6 @@ def _plain(parameter: Any) -> Tensor:
         raise TypeError(f"Expected dense or sparse COO gradients, but got one of layout {gradient.layout}.")
     elif gradient.is_neg() or gradient.is_conj():
         gradient = parameter.grad = gradient.resolve_conj().resolve_neg()
+    if gradient.layout is torch.strided and 0 in gradient.stride():  # expanded: one number for several entries
+        gradient = parameter.grad = gradient.contiguous()
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient

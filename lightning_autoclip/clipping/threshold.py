@@ -64,6 +64,12 @@ class Threshold:
         """Note where the record stands, which is where it stays if the step that begins is never made."""
         self._before = self._now()
 
+    def begin_anew(self) -> None:
+        """Count steps from here on, as at the start of a training; the recorded values stay."""
+        self.bound, self.outliers = StepBound(self.bound.ratio), Outliers(self.outliers.times)
+        self.steps, self._nonfinite, self._until_measured = 0, 0.0, 0
+        self.begin_step()
+
     def _now(self) -> tuple[int, Number, int, Number, Numbers, int]:
         """All that a step changes, by reference: what stands on an accelerator is replaced, never written to."""
         in_a_row, weights = self.outliers.in_a_row, self.bound.weights
@@ -96,7 +102,7 @@ class Threshold:
         if isinstance(is_finite, Tensor) and isinstance(statistic, Tensor):
             device = statistic.device
             self._nonfinite = count_unless(is_finite, self._nonfinite)
-            self.history.record(statistic, torch.logical_and(is_finite, statistic))
+            self.history.record(statistic, is_finite & (statistic > 0))
             limit_there = constant(self.max_threshold, device)
             limit_there = smaller(limit_there, most) if isinstance(most, Tensor) else limit_there
             if self.steps <= self.warmup_steps:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -120,7 +121,8 @@ class Held:
         held = cls()
         try:
             points = [Point(*map(int, row[:4]), *row[4:]) for row in state["points"].tolist()]
-            if not all(point.is_sound for point in points):
+            in_order = all(before.step <= after.step for before, after in pairwise(points))
+            if not (in_order and all(point.is_sound for point in points)):
                 raise ValueError("a step is none")
             for point in points:
                 held.add(point)

@@ -18,7 +18,7 @@ from lightning_autoclip.monitoring import wandb
 from lightning_autoclip.monitoring.logs import CONFIG_KEY, is_settings
 from lightning_autoclip.monitoring.recorder import Row
 from lightning_autoclip.monitoring.summary import Point
-from lightning_autoclip.monitoring.texts import csv_of, finite_row, markdown_of, replace_text
+from lightning_autoclip.monitoring.texts import csv_of, finite_row, markdown_of, plain, replace_text
 from lightning_autoclip.monitoring.trace import Trace
 from lightning_autoclip.monitoring.verdicts import SPIKE
 
@@ -81,7 +81,8 @@ def _add_to_hparams_file(logger: Any, settings: dict[str, Any], step: int) -> No
     path = os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE)
     files = get_filesystem(path)
     with files.open(path, "r", encoding="utf-8") as file:
-        text = re.sub(rf"^{CONFIG_KEY}:.*\n(?: .*\n)*", "", file.read(), flags=re.MULTILINE)  # of a run that is resumed
+        # Of a run that is resumed. Within a text of several lines there are empty ones.
+        text = re.sub(rf"^{CONFIG_KEY}:.*\n(?:(?: .*)?\n)*", "", file.read(), flags=re.MULTILINE)
     users = "" if text.strip() == "{}" else text
     if users.startswith("{"):
         raise ValueError(f"expected {path} to have lines `name: value`, but it begins with {users[:20]!r}")
@@ -253,7 +254,7 @@ def _log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
     elif _is(logger, "MLFlowLogger"):  # its server may have another disk
         logger.experiment.log_text(logger.run_id, csv_of(rows), f"{_TABLE}.csv")
     elif _is(logger, "CometLogger"):  # a file beside what it keeps offline would be seen by nobody
-        table = [["" if value is None else value for value in row.values()] for row in rows]
+        table = [["" if value is None else plain(value) for value in row.values()] for row in rows]
         logger.experiment.log_table(f"{_TABLE}.csv", tabular_data=table, headers=list(rows[0]))
     else:
         _write(logger, f"{_TABLE}.csv", csv_of(rows))

@@ -6,6 +6,7 @@ import csv
 import glob
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ _TIME_LIMIT = 600.0  # seconds for W&B's client to read a run
 _EVENTS = "events.out.tfevents.*"
 _FILES = ("metrics.csv", _EVENTS, "*.wandb")
 _MOST_NAMED = 5  # runs in a folder
+_OURS = re.compile(r"(?:.*-)?autoclip(?:_layers|_layers_norm)?/")  # behind what a logger puts before every key
 _SafeLoader: Any = type("_SafeLoader", (yaml.SafeLoader,), {})
 _SafeLoader.add_multi_constructor("", lambda loader, tag, node: None)  # objects of the user's are nothing to us
 Row = dict[str, float]
@@ -66,14 +68,16 @@ def is_settings(value: Any) -> bool:
         and value.get("gradient_clip_algorithm") in ("norm", "value")
         and "max_threshold" in value
         and type(warmup := value.get("warmup_steps")) is int
-        and warmup >= 0
+        and 0 <= warmup < 2**63
         and isinstance(policy := value.get("policy"), dict)
-        and (policy.get("name") != "Percentile" or _is_percentile(policy.get("percentile")))
+        and (policy.get("name") != "Percentile" or _is_percentile(policy))
     )
 
 
-def _is_percentile(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 100
+def _is_percentile(policy: Mapping[str, Any]) -> bool:
+    percentile: Any = policy.get("percentile")
+    multiplier: Any = policy.get("multiplier", 1)
+    return {type(percentile), type(multiplier)} <= {int, float} and 0 <= percentile <= 100 and multiplier > 0
 
 
 def _of_csv(path: Path) -> Log:
@@ -109,7 +113,7 @@ def _rows_of_events(events: Iterable[Any]) -> list[Row]:
     seen: dict[tuple[int, str], int] = {}
     for event in events:
         for value in event.summary.value:
-            if "autoclip" in value.tag and value.tensor.float_val:
+            if _OURS.match(value.tag) and value.tensor.float_val and math.isfinite(value.tensor.float_val[0]):
                 nth = seen[event.step, value.tag] = seen.get((event.step, value.tag), -1) + 1
                 rows.setdefault((event.step, nth), {"step": event.step})[value.tag] = value.tensor.float_val[0]
     return [row for _, row in sorted(rows.items(), key=lambda item: item[0])]
@@ -194,7 +198,7 @@ def _ours(item: Mapping[str, Any], step: str) -> Row:
 
 def _numbers(item: Mapping[str, Any], step: str) -> Iterator[tuple[str, float]]:
     for key, value in item.items():
-        if key is not None and (key == step or "autoclip" in key):
+        if key is not None and (key == step or _OURS.match(key)):
             try:
                 number = float(value)
             except (TypeError, ValueError):
@@ -207,7 +211,7 @@ def _settings_beside(path: Path) -> dict[str, Any] | None:
     """The settings in the `hparams.yaml` beside a file, if there is one; of whatever else is in it nothing is made."""
     try:
         content = yaml.load(path.with_name("hparams.yaml").read_text(encoding="utf-8"), Loader=_SafeLoader)
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
+    except Exception:  # whatever the texts behind its tags lead to
         return None
     settings = content.get(CONFIG_KEY) if isinstance(content, dict) else None
     return _of_whole_run(settings) if is_settings(settings) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from textwrap import fill
@@ -186,7 +187,7 @@ def _markdown(section: Section) -> Iterator[str]:
         yield f"| share of {as_markdown(module)} in the squared norm | {share:.1%} |"
     yield ""
     for verdict in section.verdicts:  # whose own words have marks too
-        told = printable(f"{verdict.evidence} {verdict.advice}").replace("<", r"\<")
+        told = re.sub(r"([<\[])", r"\\\1", printable(f"{verdict.evidence} {verdict.advice}"))
         yield f"- **{verdict.name}**: {told}"
     yield from (() if section.verdicts else (f"{_nothing(section)}.",))
     yield ""

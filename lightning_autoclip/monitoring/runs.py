@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_autoclip._checks import DAMAGE
+from lightning_autoclip.clipping.record import History
 from lightning_autoclip.monitoring.checkpoints import read_part
 from lightning_autoclip.monitoring.logs import Log, is_settings, read_log
 from lightning_autoclip.monitoring.plot import plot_of
@@ -23,6 +24,7 @@ STATE_KEY = "GradientClipping"  # of the callback in a checkpoint
 _KEYS = ("grad_norm", "grad_norm_mean", "grad_norm_max", "grad_norm_max_step", "clipped_fraction")  # if any is finite
 _COUNT = "nonfinite_total"  # in every row
 _FRACTIONS = ("clipped_fraction", "bounded_fraction", "clip_coef_mean", "clip_coef_min")
+_LEAST = 1e-45  # below every float32 above 0
 _COUNTS, _MOST_STEPS = ("step", "_step", "_total"), 2.0**53
 _UNKNOWN: dict[str, Any] = {
     "policy": {"name": "unknown"},
@@ -72,22 +74,26 @@ def read_run(path: Path) -> RecordedRun:
     Raises:
         ValueError: It is none of these, is damaged, or holds nothing of this library.
     """
-    if not path.exists():
-        raise ValueError(
-            f"Expected a checkpoint, a `metrics.csv`, the folder of a TensorBoard run or the directory of a W&B run,"
-            f" but {path} is missing."
-        )
-    is_log = path.is_dir() or path.suffix in (".csv", ".wandb") or path.name.startswith("events.out.tfevents.")
-    return _of_log(read_log(path)) if is_log else _of_checkpoint(path)
+    try:
+        if not path.exists():
+            raise ValueError(
+                "Expected a checkpoint, a `metrics.csv`, the folder of a TensorBoard run or the directory of a W&B"
+                f" run, but {path} is missing."
+            )
+        is_log = path.is_dir() or path.suffix in (".csv", ".wandb") or path.name.startswith("events.out.tfevents.")
+        return _of_log(read_log(path)) if is_log else _of_checkpoint(path)
+    except OSError as error:
+        raise ValueError(f"Expected {path} to be a file or a folder that can be read: {error}.") from error
 
 
 def _of_checkpoint(path: Path) -> RecordedRun:
     state = read_part(path, _our_state(path))
     try:
+        if not all(isinstance(prefix, str) for prefix in state["scopes"]):
+            raise TypeError("a record has no name")
         traces = {prefix: Trace.from_state(scope["trace"]) for prefix, scope in state["scopes"].items()}
         norms = {
-            prefix: _exact(traces[prefix], scope["clipper"]["history"]["values"].tolist())
-            for prefix, scope in state["scopes"].items()
+            prefix: _exact(traces[prefix], scope["clipper"]["history"]) for prefix, scope in state["scopes"].items()
         }
         settings, has_scaler = dict(state["settings"]), bool(state["has_scaler"])
         if not traces or not is_settings(settings):
@@ -115,11 +121,16 @@ def _our_state(path: Path) -> Callable[[Any], Any]:
     return choose
 
 
-def _exact(trace: Trace, history: list[float]) -> list[float]:
+def _exact(trace: Trace, state: dict[str, Any]) -> list[float]:
     """The norms of single steps: of all of them while each has its bin, else those that the record still holds."""
+    history = History(None)
+    history.load_state_dict(state)
     if all(steps.steps == 1 for steps in trace.bins):
         return [steps.largest for steps in trace.bins if steps.norms]
-    return history
+    if not bool((history.recorded > 0).all()):
+        raise ValueError("its norms are not all above 0")
+    norms: list[float] = history.recorded.tolist()
+    return norms
 
 
 def _of_log(log: Log) -> RecordedRun:
@@ -141,20 +152,22 @@ def _of_log(log: Log) -> RecordedRun:
             nonfinite, skipped = (found[0].get(prefix + key, 0.0) for key in (_COUNT, "skipped_total"))
         if any(f"{prefix}grad_rms" in row for row in found):
             settings["gradient_clip_algorithm"] = "value"
+        unit = _unit(found, prefix)
         for row in found:
+            unit = _unit([row], prefix, unit)
             if math.isnan(row[key := f"{prefix}grad_norm_mean"]) and row[prefix + _COUNT] <= nonfinite and trace.bins:
                 raise ValueError(f"{log.source} is damaged: at step {row['step']:g} it has no `{key}`.")
-            trace.bins.append(_bin(row, prefix, max(last, -1.0), row["step"], nonfinite))
+            trace.bins.append(_bin(row, prefix, unit, max(last, -1.0), row["step"], nonfinite))
             trace.bins[-1].left_out = max(row.get(f"{prefix}skipped_total", 0.0) - skipped, 0.0)
             if math.isfinite(row[prefix + "grad_norm_max_step"]) and row[prefix + "grad_norm_max"] > 0:
-                trace.largest.append(_largest(row, prefix, trace.bins))
+                trace.largest.append(_largest(row, prefix, unit, trace.bins))
             last, nonfinite = row["step"], row[prefix + "nonfinite_total"]
             skipped = row.get(f"{prefix}skipped_total", skipped)
         trace.largest = sorted(trace.largest, key=lambda spike: -spike.point.norm)[:MOST_SPIKES]
         exact = [row[f"{prefix}step/grad_norm"] for row in rows if f"{prefix}step/grad_norm" in row]
-        exact = [norm for norm in exact if 0 < norm < math.inf]
+        exact = [norm for norm in exact if _LEAST < norm < math.inf]
         entries = [row[f"{prefix}step/grad_rms"] for row in rows if f"{prefix}step/grad_rms" in row]
-        norms[prefix] = [entry for entry in entries if 0 < entry < math.inf] or exact
+        norms[prefix] = [entry for entry in entries if _LEAST < entry < math.inf] or exact
         for norm in exact:
             trace.bins[-1].note_top(norm)
         for row, steps_of_row in zip(found, trace.bins, strict=True) if not norms[prefix] else ():
@@ -189,21 +202,22 @@ def _why_nothing(log: Log) -> str:
     )
 
 
-def _unit(row: Row, prefix: str) -> float:
-    """By value, the root-mean-square entry in units of the norm; else 1."""
-    return row.get(f"{prefix}grad_rms", row[f"{prefix}grad_norm"]) / (row[f"{prefix}grad_norm"] or 1.0)
+def _unit(rows: Iterable[Row], prefix: str, otherwise: float = 1.0) -> float:
+    """By value, the root-mean-square entry in units of the norm, of the first row that tells: one of 0 does not."""
+    pairs = ((row.get(f"{prefix}grad_rms", math.nan), row[f"{prefix}grad_norm"]) for row in rows)
+    return next((entry / norm for entry, norm in pairs if norm > 0 and entry > 0), otherwise)
 
 
-def _largest(row: Row, prefix: str, bins: list[Summary]) -> Spike:
+def _largest(row: Row, prefix: str, unit: float, bins: list[Summary]) -> Spike:
     """The largest norm of a row: of which batch, rows do not tell."""
     norm, coef = row[f"{prefix}grad_norm_max"], row.get(f"{prefix}clip_coef_min", math.nan)
-    statistic, threshold = norm * _unit(row, prefix), row.get(f"{prefix}threshold", math.nan)
+    statistic, threshold = norm * unit, row.get(f"{prefix}threshold", math.nan)
     step, nonfinite = int(row[f"{prefix}grad_norm_max_step"]), row[f"{prefix}nonfinite_total"]
     point = Point(step, -1, -1, -1, norm, norm * coef, statistic, threshold, nonfinite)
     return Spike(point, statistic / Summary.merged(bins[-MOST_SPIKES:]).typical, ())
 
 
-def _bin(row: Row, prefix: str, before: float, step: float, nonfinite: float) -> Summary:
+def _bin(row: Row, prefix: str, unit: float, before: float, step: float, nonfinite: float) -> Summary:
     steps, bad = max(step - before, 1.0), max(row[f"{prefix}nonfinite_total"] - nonfinite, 0.0)
     finite, mean = max(steps - bad, 0.0), row[f"{prefix}grad_norm_mean"]
     threshold = row.get(f"{prefix}threshold", math.nan)
@@ -213,12 +227,11 @@ def _bin(row: Row, prefix: str, before: float, step: float, nonfinite: float) ->
     if math.isnan(mean):  # none of its steps was finite
         summary.steps = summary.nonfinite = max(min(bad, steps), 1.0)
         return summary
-    if not mean > 0:
+    if mean > 0:
+        summary.total, summary.logs = finite * mean, finite * (math.log(mean) + math.log(unit))
+        summary.largest = row[f"{prefix}grad_norm_max"] * unit  # of the smallest, a row does not tell
+    else:
         summary.zero = finite
-        return summary
-    unit = _unit(row, prefix)
-    summary.total, summary.logs = finite * mean, finite * math.log(mean * unit)
-    summary.largest = row[f"{prefix}grad_norm_max"] * unit  # of the smallest, a row does not tell
     if (update := row.get(f"{prefix}update_ratio", math.nan)) > 0:
         summary.weighed, summary.updates = finite, finite * math.log(update)
         summary.bounded = finite * row.get(f"{prefix}bounded_fraction", 0.0)

@@ -36,8 +36,13 @@ def csv_of(rows: Sequence[dict[str, Any]]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")  # where files are text, the system adds its own
     writer.writeheader()
-    writer.writerows({k: as_cell(v) if isinstance(v, str) else v for k, v in row.items()} for row in rows)
+    writer.writerows({key: plain(value) for key, value in row.items()} for row in rows)
     return file.getvalue()
+
+
+def plain(value: Any) -> Any:
+    """A value as a cell that no spreadsheet takes for a formula."""
+    return as_cell(value) if isinstance(value, str) else value
 
 
 def finite_row(row: dict[str, Any]) -> dict[str, Any]:
