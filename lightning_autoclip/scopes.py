@@ -105,21 +105,21 @@ class Scopes:
         for scope in self:
             scope.clipper.release()  # a second fit has new optimizers
             scope.clipper.clipped_norm_every = measure_every
-        self._begin_anew_behind(step)
+        self._count_back_from(step)
         for known in self.optimizers:
             known.gate.settle()
             self._take_in(known, found[known.prefix], named)
 
-    def _begin_anew_behind(self, step: int) -> None:
-        """Of a training that was further than this one, keep what is recorded: its steps are not those of this one."""
+    def _count_back_from(self, step: int) -> None:
+        """Set a record of a training that was further than this one before the first step of this one."""
         last = max((scope.trace.bins[-1].last for scope in self if scope.trace.bins), default=-1.0)
         if last > step:
             rank_zero_warn(
-                f"The record that was loaded goes up to step {last:.0f}, and this fit begins with step {step}: the"
-                " recorded norms are kept, and steps are counted anew, in rows and in the report."
+                f"The record that was loaded goes up to step {last:.0f}, and this fit begins with step {step}: it goes"
+                f" on, and in report and plot the earlier steps are counted back from there, to {step - 1} and below."
             )
             for scope in self:
-                scope.begin_anew()
+                scope.count_back(step)
 
     def _refuse_exchanged(self, named: dict[str, list[str]]) -> None:
         """Refuse a record that is of the parameters of another optimizer of this run: they stand in another order."""

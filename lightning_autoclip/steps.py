@@ -70,10 +70,9 @@ class Scope:
             )
         self.recorder.restore(trace, held)
 
-    def begin_anew(self) -> None:
-        """Keep the recorded norms, and begin with everything else."""
-        self.clipper.begin_anew()
-        self.recorder.restore(Trace(), Held())
+    def count_back(self, from_step: int) -> None:
+        """Have what happened so far stand before a step, the last one at the number before; no row is waited for."""
+        self.recorder.restore(self.trace.shifted(from_step - 1), Held())
 
     def go_on_from(self, other: Scope) -> None:
         """Take over what happened to another one."""

@@ -190,23 +190,29 @@ def test_optimizers_in_another_order_are_refused_and_renamed_ones_go_on(tmp_path
         go_on(OtherOrder)
 
 
-def test_a_record_that_is_loaded_by_hand_serves_a_new_training_whose_steps_are_counted_anew(checkpoint, tmp_path):
+def test_a_record_that_is_loaded_by_hand_goes_on_in_a_new_training(checkpoint, tmp_path):
     autoclip, callbacks = AutoClip(50, groups="param_groups", **ARGUMENTS), checkpoint["callbacks"]
     autoclip.load_state_dict(callbacks["GradientClipping"])
     before = [clipper.history.recorded.tolist() for clipper in autoclip.clippers]
+    steps = autoclip.clippers[0].steps
     run = trainer(autoclip, log_every_n_steps=4, logger=CSVLogger(tmp_path, "", "run"), enable_checkpointing=True)
-    with pytest.warns(UserWarning, match="goes up to step 28, and this fit begins with step 0: the recorded norms are"):
+    with pytest.warns(UserWarning, match="goes up to step 28, and this fit begins with step 0: it goes on, and in"):
         run.fit(two_layers(), loader(n=64))
     for clipper, norms in zip(autoclip.clippers, before, strict=True):
-        assert clipper.steps == 16
+        assert clipper.steps == steps + 16
         assert clipper.history.recorded.tolist()[: len(norms)] == norms
+    assert [trace.bins[0].first for trace in autoclip.traces.values()] == [-steps, -steps]
+    assert {spike["step"] for spike in autoclip.spikes() if spike["left_out"] or math.isnan(spike["norm"])} < {
+        *range(-29, 0)
+    }
+    autoclip.plot()
     rows = read_csv(tmp_path / "run" / "metrics.csv")
     assert [row["step"] for row in rows if row["autoclip/one/grad_norm_mean"]] == ["3", "7", "11", "15"]
     run.save_checkpoint("again.ckpt")
-    assert "autoclip/one: 16 steps" in str(read_run(Path("again.ckpt")).report())
+    assert f"autoclip/one: {steps + 16} steps" in str(read_run(Path("again.ckpt")).report())
     resumed = AutoClip(50, groups="param_groups", **ARGUMENTS)
     trainer(resumed, max_epochs=2).fit(two_layers(), loader(n=64), ckpt_path="again.ckpt", weights_only=False)
-    assert [clipper.steps for clipper in resumed.clippers] == [32, 32]
+    assert [clipper.steps for clipper in resumed.clippers] == [steps + 32, steps + 32]
 
 
 @pytest.mark.parametrize("step", [10**12, 10**5])

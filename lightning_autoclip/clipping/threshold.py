@@ -64,12 +64,6 @@ class Threshold:
         """Note where the record stands, which is where it stays if the step that begins is never made."""
         self._before = self._now()
 
-    def begin_anew(self) -> None:
-        """Count steps from here on, as at the start of a training; the recorded values stay."""
-        self.bound, self.outliers = StepBound(self.bound.ratio), Outliers(self.outliers.times)
-        self.steps, self._nonfinite, self._until_measured = 0, 0.0, 0
-        self.begin_step()
-
     def _now(self) -> tuple[int, Number, int, Number, Numbers, int]:
         """All that a step changes, by reference: what stands on an accelerator is replaced, never written to."""
         in_a_row, weights = self.outliers.in_a_row, self.bound.weights

@@ -67,8 +67,9 @@ class Point(NamedTuple):
         """Whether it can be the record of a step, rather than one that is damaged."""
         numbers = self.norm, self.clipped_norm, self.statistic, self.threshold
         return (
-            all(type(place) is int and -1 <= place < _MOST for place in self[:4])
-            and self.step >= 0
+            all(type(place) is int and -1 <= place < _MOST for place in self[1:4])
+            and type(self.step) is int
+            and -_MOST < self.step < _MOST  # below 0 are those of a training before this one
             and all(type(number) is float for number in self[4:])
             and all(math.isnan(number) or 0 <= number < LARGEST or number == math.inf for number in numbers)
             and 0 <= self.nonfinite_total < _MOST
@@ -180,7 +181,7 @@ class Summary:
         }
         return (
             1 <= steps < _MOST
-            and all(0 <= place < _MOST and place.is_integer() for place in (self.first, self.last, steps))
+            and all(-_MOST < place < _MOST and place.is_integer() for place in (self.first, self.last, steps))
             and all(0 <= count <= steps and count.is_integer() for count in (*counts, self.left_out))
             and all(0 <= number < LARGEST for number in (self.largest, self.top))
             and (math.isnan(self.threshold) or 0 <= self.threshold < LARGEST)
