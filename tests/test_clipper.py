@@ -668,6 +668,18 @@ def test_expanded_gradients_are_clipped(form, algorithm):
     assert parameter.grad.flatten().tolist() == pytest.approx([expected] * 6)
 
 
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("rows", [[1], [1, 1], [0, 2]], ids=str)
+def test_expanded_values_of_sparse_gradients_are_clipped(form, algorithm, rows):
+    table = nn.Embedding(3, 2, sparse=True)
+    (4 * table(torch.tensor(rows)).sum()).backward()
+    dense = table.weight.grad.to_dense()
+    clip(Constant(2.0), table.weight, gradient_clip_algorithm=algorithm)
+    expected = dense * min(1, 2 / dense.norm()) if algorithm == "norm" else dense.clamp(-2, 2)
+    assert table.weight.grad.layout is torch.sparse_coo
+    assert torch.allclose(table.weight.grad.to_dense(), expected)
+
+
 def test_an_optimizer_without_parameters_has_nothing_to_clip(form):
     optimizer = SGD([{"params": []}], lr=0.1)
     assert GradientClipper(Percentile(50)).clip_(optimizer) is None

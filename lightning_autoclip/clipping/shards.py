@@ -134,12 +134,16 @@ def _plain(parameter: Any) -> Tensor:
     """A sparse, complex, expanded or lazily negated gradient as a real, dense tensor that shares its memory."""
     gradient: Any = parameter.grad
     if gradient.layout is torch.sparse_coo:
-        gradient = parameter.grad = gradient.coalesce()
+        gradient = gradient.coalesce()
+        if not gradient._values().is_contiguous():  # of a single row, it may be expanded still
+            values = gradient._values().contiguous()
+            gradient = torch.sparse_coo_tensor(gradient._indices(), values, gradient.shape, is_coalesced=True)
+        parameter.grad = gradient
         gradient = gradient._values()
     elif gradient.layout is not torch.strided:
         raise TypeError(f"Expected dense or sparse COO gradients, but got one of layout {gradient.layout}.")
     elif gradient.is_neg() or gradient.is_conj():
         gradient = parameter.grad = gradient.resolve_conj().resolve_neg()
-    if gradient.layout is torch.strided and 0 in gradient.stride():  # expanded: one number for several entries
+    elif 0 in gradient.stride():  # expanded: one number for several entries
         gradient = parameter.grad = gradient.contiguous()
     return torch.view_as_real(gradient) if gradient.is_complex() else gradient
