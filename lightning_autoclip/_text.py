@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import zlib
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 _MOST_SHOWN = 120  # characters of a value
 _MOST_OF_A_KEY = 80
 
 
+class _Short(reprlib.Repr):
+    """Of what a few entries hold, a few levels deep: what is shared in many places can have more text than memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, _MOST_SHOWN, _MOST_SHOWN
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        if level <= 0:
+            return "{...}"
+        own = [f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key in islice(x, self.maxdict)]
+        return f"{{{', '.join(own)}{', ...' * (len(x) > self.maxdict)}}}"
+
+
 def shown(value: Any) -> str:
     """A value in a message: short, whatever its ``repr`` does."""
     try:
-        text = repr(value)
+        text = _Short().repr(value) if isinstance(value, (dict, list, tuple)) else repr(value)
     except Exception:  # Python refuses to write an integer of more than 4,300 digits, for one
         return "what cannot be shown"
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."

@@ -19,7 +19,7 @@ from wandb_reader import finish, read_runs
 
 from lightning_autoclip import AutoClip, NonFiniteGradientError
 from lightning_autoclip.__main__ import main
-from lightning_autoclip._text import as_cell, as_markdown, printable
+from lightning_autoclip._text import as_cell, as_markdown, printable, shown
 
 NAMES = [
     "a*b",
@@ -123,6 +123,14 @@ def test_an_error_shows_them_harmlessly():
     with pytest.raises(NonFiniteGradientError, match=r"x\\ny") as caught:
         trainer(AutoClip(50, nonfinite="raise")).fit(Odd(), loader(scales=[float("nan")] * 64))
     assert_harmless(str(caught.value))
+
+
+def test_what_is_shared_in_many_places_is_shown_in_short():
+    nested: Any = 1
+    for _ in range(60):
+        nested = {"a": [nested, nested], "b": (nested, nested)}
+    assert len(shown(nested)) <= 120
+    assert shown({"b": [1, "x" * 50], "a": (2.5,)}) == repr({"b": [1, "x" * 50], "a": (2.5,)})
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

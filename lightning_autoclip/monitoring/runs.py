@@ -143,27 +143,9 @@ def _of_log(log: Log) -> RecordedRun:
     for prefix in prefixes:
         unknown = {prefix + key: math.nan for key in _KEYS}  # rows without a finite step have none of them
         found = [unknown | dict(row) for row in rows if prefix + _COUNT in row]
-        traces[prefix] = trace = Trace()
-        steps = [row["step"] for row in found]
-        longest = max((later - earlier for earlier, later in pairwise(steps)), default=steps[0] + 1)
-        last, nonfinite, skipped = -1.0, 0.0, 0.0
-        if steps[0] + 1 > 2 * longest:  # a run that was resumed elsewhere: the counts go on from what is not here
-            last = max(-1.0, steps[0] - longest)
-            nonfinite, skipped = (found[0].get(prefix + key, 0.0) for key in (_COUNT, "skipped_total"))
+        traces[prefix] = trace = _trace_of(found, prefix, log.source)
         if any(f"{prefix}grad_rms" in row for row in found):
             settings["gradient_clip_algorithm"] = "value"
-        unit = _unit(found, prefix)
-        for row in found:
-            unit = _unit([row], prefix, unit)
-            if math.isnan(row[key := f"{prefix}grad_norm_mean"]) and row[prefix + _COUNT] <= nonfinite and trace.bins:
-                raise ValueError(f"{log.source} is damaged: at step {row['step']:g} it has no `{key}`.")
-            trace.bins.append(_bin(row, prefix, unit, max(last, -1.0), row["step"], nonfinite))
-            trace.bins[-1].left_out = max(row.get(f"{prefix}skipped_total", 0.0) - skipped, 0.0)
-            if math.isfinite(row[prefix + "grad_norm_max_step"]) and row[prefix + "grad_norm_max"] > 0:
-                trace.largest.append(_largest(row, prefix, unit, trace.bins))
-            last, nonfinite = row["step"], row[prefix + "nonfinite_total"]
-            skipped = row.get(f"{prefix}skipped_total", skipped)
-        trace.largest = sorted(trace.largest, key=lambda spike: -spike.point.norm)[:MOST_SPIKES]
         exact = [row[f"{prefix}step/grad_norm"] for row in rows if f"{prefix}step/grad_norm" in row]
         exact = [norm for norm in exact if _LEAST < norm < math.inf]
         entries = [row[f"{prefix}step/grad_rms"] for row in rows if f"{prefix}step/grad_rms" in row]
@@ -175,6 +157,30 @@ def _of_log(log: Log) -> RecordedRun:
     if not traces:
         raise ValueError(_why_nothing(log))
     return RecordedRun(log.source, traces, norms, settings)
+
+
+def _trace_of(rows: Sequence[Row], prefix: str, source: str) -> Trace:
+    """A bin per row of one scope, and the largest of their largest norms."""
+    trace, steps = Trace(), [row["step"] for row in rows]
+    longest = max((later - earlier for earlier, later in pairwise(steps)), default=steps[0] + 1)
+    last, nonfinite, skipped = -1.0, 0.0, 0.0
+    if steps[0] + 1 > 2 * longest:  # a run that was resumed elsewhere: the counts go on from what is not here
+        last = max(-1.0, steps[0] - longest)
+        nonfinite, skipped = (rows[0].get(prefix + key, 0.0) for key in (_COUNT, "skipped_total"))
+    large, unit = [], _unit(rows, prefix)
+    for row in rows:
+        unit = _unit([row], prefix, unit)
+        if math.isnan(row[key := f"{prefix}grad_norm_mean"]) and row[prefix + _COUNT] <= nonfinite and trace.bins:
+            raise ValueError(f"{source} is damaged: at step {row['step']:g} it has no `{key}`.")
+        trace.bins.append(_bin(row, prefix, unit, max(last, -1.0), row["step"], nonfinite))
+        trace.bins[-1].left_out = max(row.get(f"{prefix}skipped_total", 0.0) - skipped, 0.0)
+        if math.isfinite(row[prefix + "grad_norm_max_step"]) and (norm := row[prefix + "grad_norm_max"]) > 0:
+            large.append((-norm, len(trace.bins), row, unit))
+        last, nonfinite = row["step"], row[prefix + "nonfinite_total"]
+        skipped = row.get(f"{prefix}skipped_total", skipped)
+    for _, count, row, unit in sorted(large, key=lambda each: each[0])[:MOST_SPIKES]:
+        trace.largest.append(_largest(row, prefix, unit, trace.bins[:count]))
+    return trace
 
 
 def _check(rows: Sequence[Row], source: str) -> None:
