@@ -141,8 +141,8 @@ def with_clipped_norms(
 
 
 def _root_mean_square(norm: Number, numels: Numbers) -> Number:
-    """The root-mean-square entry: NaN where there are no entries."""
+    """The root-mean-square entry: 0 where there are no entries, as where there are only zeros."""
     if isinstance(norm, Tensor):
-        numel = numels.sum() if isinstance(numels, Tensor) else float(sum(numels))
-        return norm / (numel**0.5 if isinstance(numel, Tensor) or numel else math.nan)
-    return single(norm / math.sqrt(math.fsum(numels) or math.nan))
+        numel = numels.sum().clamp(min=1) if isinstance(numels, Tensor) else float(sum(numels)) or 1.0
+        return norm / numel**0.5
+    return single(norm / math.sqrt(math.fsum(numels) or 1.0))

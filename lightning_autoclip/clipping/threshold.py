@@ -96,7 +96,7 @@ class Threshold:
         if isinstance(is_finite, Tensor) and isinstance(statistic, Tensor):
             device = statistic.device
             self._nonfinite = count_unless(is_finite, self._nonfinite)
-            self.history.record(statistic, is_finite & (statistic > 0))
+            self.history.record(statistic, torch.logical_and(is_finite, statistic))
             limit_there = constant(self.max_threshold, device)
             limit_there = smaller(limit_there, most) if isinstance(most, Tensor) else limit_there
             if self.steps <= self.warmup_steps:
