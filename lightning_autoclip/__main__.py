@@ -52,7 +52,8 @@ def _report(run: RecordedRun, of: Path, plot: Path | None, as_json: bool) -> Non
     print(json.dumps(report.to_dict(), indent=1) if as_json else f"{printable(run.source)}\n{report}")
     if not any(trace.names for trace in run.traces.values()):
         print("These are logged rows: norms are their means. Checkpoints know layers and batches too.", file=sys.stderr)
-    if begins := min((trace.bins[0].first for trace in run.traces.values() if trace.bins), default=0.0):
+    begins = min((trace.bins[0].first for trace in run.traces.values() if trace.bins), default=0.0)
+    if begins > 0:  # below are the steps of a training before this one
         print(
             f"They begin at step {begins:.0f}: the steps before are in another folder, or a checkpoint.",
             file=sys.stderr,

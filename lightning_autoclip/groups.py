@@ -55,10 +55,11 @@ def _refuse_equal_keys(names: Iterable[str], what: str) -> None:
     """Refuse names that differ in nothing that is left of them in a key: one's record would be the other's."""
     of_key: dict[str, str] = {}
     for name in names:
-        if (first := of_key.setdefault(as_ascii_key(as_key(name)), name)) is not name:
+        key = as_ascii_key(as_key(name))
+        if (first := of_key.setdefault(key, name)) is not name:
             raise ValueError(
                 f"Expected {what} to differ as keys of loggers, but {shown(first)} and {shown(name)} would both be"
-                f" {shown(as_ascii_key(as_key(name)))}."
+                f" {shown(key)}."
             )
 
 

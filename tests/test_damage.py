@@ -190,7 +190,7 @@ def test_optimizers_in_another_order_are_refused_and_renamed_ones_go_on(tmp_path
         go_on(OtherOrder)
 
 
-def test_a_record_that_is_loaded_by_hand_goes_on_in_a_new_training(checkpoint, tmp_path):
+def test_a_record_that_is_loaded_by_hand_goes_on_in_a_new_training(checkpoint, tmp_path, capsys):
     autoclip, callbacks = AutoClip(50, groups="param_groups", **ARGUMENTS), checkpoint["callbacks"]
     autoclip.load_state_dict(callbacks["GradientClipping"])
     before = [clipper.history.recorded.tolist() for clipper in autoclip.clippers]
@@ -210,6 +210,8 @@ def test_a_record_that_is_loaded_by_hand_goes_on_in_a_new_training(checkpoint, t
     assert [row["step"] for row in rows if row["autoclip/one/grad_norm_mean"]] == ["3", "7", "11", "15"]
     run.save_checkpoint("again.ckpt")
     assert f"autoclip/one: {steps + 16} steps" in str(read_run(Path("again.ckpt")).report())
+    assert main(["report", "again.ckpt"]) == 0
+    assert "They begin at step" not in capsys.readouterr().err
     resumed = AutoClip(50, groups="param_groups", **ARGUMENTS)
     trainer(resumed, max_epochs=2).fit(two_layers(), loader(n=64), ckpt_path="again.ckpt", weights_only=False)
     assert [clipper.steps for clipper in resumed.clippers] == [steps + 32, steps + 32]
