@@ -111,7 +111,7 @@ class Scopes:
             self._take_in(known, found[known.prefix], named)
 
     def _count_back_from(self, step: int) -> None:
-        """Set a record of a training that was further than this one before the first step of this one."""
+        """Set records of a training that was further than this one before the first step of this one, all alike."""
         last = max((scope.trace.bins[-1].last for scope in self if scope.trace.bins), default=-1.0)
         if last > step:
             rank_zero_warn(
@@ -119,7 +119,7 @@ class Scopes:
                 f" on, and in report and plot the earlier steps are counted back from there, to {step - 1} and below."
             )
             for scope in self:
-                scope.count_back(step)
+                scope.shift(step - 1 - int(last))
 
     def _refuse_exchanged(self, named: dict[str, list[str]]) -> None:
         """Refuse a record that is of the parameters of another optimizer of this run: they stand in another order."""

@@ -70,9 +70,9 @@ class Scope:
             )
         self.recorder.restore(trace, held)
 
-    def count_back(self, from_step: int) -> None:
-        """Have what happened so far stand before a step, the last one at the number before; no row is waited for."""
-        self.recorder.restore(self.trace.shifted(from_step - 1), Held())
+    def shift(self, by: int) -> None:
+        """Give what happened so far other numbers of steps, each that much higher; none waits for a row any more."""
+        self.recorder.restore(self.trace.shifted(by), Held())
 
     def go_on_from(self, other: Scope) -> None:
         """Take over what happened to another one."""

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,18 @@ def test_a_record_that_is_loaded_by_hand_goes_on_in_a_new_training(checkpoint, t
     resumed = AutoClip(50, groups="param_groups", **ARGUMENTS)
     trainer(resumed, max_epochs=2).fit(two_layers(), loader(n=64), ckpt_path="again.ckpt", weights_only=False)
     assert [clipper.steps for clipper in resumed.clippers] == [steps + 32, steps + 32]
+
+
+def test_earlier_steps_of_several_optimizers_keep_their_distance():
+    sgd, autoclip = partial(SGD, lr=0.01), AutoClip(50, verbose=False)
+    trainer(autoclip).fit(OptimizerPerLayer(sgd, sgd), loader())
+    again = AutoClip(50, verbose=False)
+    again.load_state_dict(autoclip.state_dict())
+    second = again.traces["autoclip/SGD-1/"]
+    second.bins[-1] = replace(second.bins[-1], first=14.0, last=14.0)  # its last step was one batch before
+    with pytest.warns(UserWarning, match="goes up to step 15"):
+        trainer(again, max_steps=2).fit(OptimizerPerLayer(sgd, sgd), loader())
+    assert [trace.bins[15].last for trace in again.traces.values()] == [-1, -2]
 
 
 @pytest.mark.parametrize("step", [10**12, 10**5])

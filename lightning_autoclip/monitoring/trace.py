@@ -99,12 +99,12 @@ class Trace:
         other._share_sums = self._share_sums.clone()
         return other
 
-    def shifted(self, last: int) -> Trace:
-        """The same with other numbers of steps: the last one has the given one."""
-        other, by = self.copy(), last - (self.bins[-1].last if self.bins else last)
+    def shifted(self, by: int) -> Trace:
+        """The same with other numbers of steps: each that much higher."""
+        other = self.copy()
         other.bins = [replace(bin_, first=bin_.first + by, last=bin_.last + by) for bin_ in self.bins]
         other.largest, other.nonfinite = (
-            [replace(spike, point=spike.point._replace(step=spike.point.step + int(by))) for spike in spikes]
+            [replace(spike, point=spike.point._replace(step=spike.point.step + by)) for spike in spikes]
             for spikes in (self.largest, self.nonfinite)
         )
         return other
