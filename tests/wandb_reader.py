@@ -39,10 +39,7 @@ def finish(directory: Path) -> None:
 
 
 def _read_run(path: Path) -> Run:
-    deadline = time.monotonic() + TIME_LIMIT
-    while not (records := [*_records(path.read_bytes())]) or not records[-1].HasField("exit"):
-        assert time.monotonic() < deadline, f"{path} has no exit record"
-        time.sleep(0.02)  # `finish` can return before the client has written everything
+    records = _wait_for_exit(path)
 
     def of(kind: str) -> Iterator[Any]:
         return (getattr(record, kind) for record in records if record.HasField(kind))
@@ -53,6 +50,22 @@ def _read_run(path: Path) -> Run:
         config=_values(item for config in of("config") for item in config.update),
         summary=_values(item for summary in of("summary") for item in summary.update),
     )
+
+
+def _wait_for_exit(path: Path) -> list[Record]:
+    """All records, as soon as the exit record is one of them: `finish` can return before everything is written.
+
+    What a run logs is written before its exit record. That need not be the last one: the client measures the machine
+    at the same time, and a measurement that arrives before the exit record is handled is written after it.
+    """
+    deadline = time.monotonic() + TIME_LIMIT
+    while True:
+        data = path.read_bytes()
+        records = [*_records(data)]
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < deadline, f"{path} has no exit record"
+        time.sleep(0.02)
 
 
 def _records(data: bytes) -> Iterator[Record]:
