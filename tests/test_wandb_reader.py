@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,11 @@ def test_a_run_is_read_whose_machine_was_measured_after_its_exit_record(
     monkeypatch.setattr(wandb_reader, "TIME_LIMIT", 0.0)
     (run,) = read_runs(tmp_path)
     assert [row["loss"] for row in run.history] == [0.5]
+
+
+def test_an_unfinished_run_is_an_error_that_says_what_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = finished(tmp_path)
+    path.write_bytes(data := path.read_bytes()[:-1])  # the exit record is cut off
+    monkeypatch.setattr(wandb_reader, "TIME_LIMIT", 0.0)
+    with pytest.raises(TimeoutError, match=rf"{re.escape(path.name)} has no exit.*{len(data)} bytes.*'summary'\]"):
+        read_runs(tmp_path)

@@ -64,7 +64,13 @@ def _wait_for_exit(path: Path) -> list[Record]:
         records = [*_records(data)]
         if any(record.HasField("exit") for record in records):
             return records
-        assert time.monotonic() < deadline, f"{path} has no exit record"
+        if time.monotonic() > deadline:
+            kinds = [record.WhichOneof("record_type") for record in records]
+            size = sum(record.ByteSize() for record in records)
+            raise TimeoutError(
+                f"{path} has no exit record after {TIME_LIMIT:.0f} s. Of its {len(data)} bytes, {size} are in"
+                f" {len(records)} records that could be read; the last ones are {kinds[-5:]}."
+            )
         time.sleep(0.02)
 
 
