@@ -19,10 +19,9 @@ from lightning_autoclip.fits import Fit
 from lightning_autoclip.groups import Groups
 from lightning_autoclip.monitoring.plot import plot_of
 from lightning_autoclip.monitoring.report import Report, report_of
-from lightning_autoclip.monitoring.runs import STATE_KEY
 from lightning_autoclip.monitoring.trace import Trace
 from lightning_autoclip.scopes import Scopes
-from lightning_autoclip.settings import Settings
+from lightning_autoclip.settings import STATE_KEY, Settings
 from lightning_autoclip.strategies import (
     InPlace,
     ZeroEngine,

@@ -37,10 +37,7 @@ _MONITORING = [
     "verdicts",
     "report",
     "plot",
-    "checkpoints",
-    "logs",
     "texts",
-    "runs",
     "suggest",
     "live",
 ]
@@ -55,6 +52,7 @@ WITHOUT_LIGHTNING = [
     *(f"monitoring.{room}" for room in _MONITORING),
     "settings",
     "steps",
+    "checkpoint",
     "__main__",
 ]
 _LAST = ["scopes", "strategies", "fits", "telling", "callback", "autoclip"]

@@ -15,16 +15,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_autoclip._text import as_ascii_key
 from lightning_autoclip.monitoring import wandb
-from lightning_autoclip.monitoring.logs import CONFIG_KEY, is_settings
 from lightning_autoclip.monitoring.recorder import Row
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.texts import csv_of, finite_row, markdown_of, plain, replace_text
 from lightning_autoclip.monitoring.trace import Trace
 from lightning_autoclip.monitoring.verdicts import SPIKE
+from lightning_autoclip.settings import is_settings
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
+CONFIG_KEY = "lightning_autoclip"  # of the settings among a run's hyperparameters
 _TABLE, _HEALTH = "autoclip_spikes", "autoclip/health"
 _MOST_TABLES = 20  # of a fit, beside the one at its end: each is a file and an artifact
 
