@@ -12,6 +12,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib.image
@@ -250,7 +251,7 @@ def test_the_report_of_a_checkpoint_is_that_of_the_callback(recorded, capsys):
     path, callback, _ = recorded
     assert main(["report", str(path)]) == 0
     assert capsys.readouterr().out == f"checkpoint {path}\n{callback.report()}\n"
-    assert matplotlib.image.imread("autoclip.png").shape[1] > 600
+    assert [*Path().iterdir()] == []
 
 
 def test_suggest_shows_what_each_percentile_would_have_clipped(recorded, capsys):
@@ -363,35 +364,6 @@ def test_windows_that_hold_all_norms_alike_are_shown_once(tmp_path, capsys, step
     assert said in printed if said else "is the same as" not in printed
 
 
-def test_a_picture_of_another_run_is_not_overwritten_unasked(recorded, capsys):
-    def report(*arguments) -> str:
-        assert main(["report", str(recorded[0]), *arguments]) == 0
-        return capsys.readouterr().err
-
-    Path("autoclip.png").write_bytes(b"of another run")
-    said = report()
-    assert "Plot: autoclip-1.png (autoclip.png shows something else: `--plot autoclip.png` would replace it)" in said
-    assert Path("autoclip.png").read_bytes() == b"of another run"
-    assert matplotlib.image.imread("autoclip-1.png").shape[1] > 600
-    assert "Plot: autoclip-1.png (as it was)" in report()
-    assert not Path("autoclip-2.png").exists()
-    assert "Plot: autoclip.png (in place of the one that was there)" in report("--plot", "autoclip.png")
-    first, second = (matplotlib.image.imread(name) for name in ("autoclip.png", "autoclip-1.png"))
-    assert np.array_equal(first, second)
-    assert report("--plot", "new.png").strip() == "Plot: new.png"
-
-
-def test_the_file_that_is_reported_of_and_links_of_others_are_not_written_to(recorded, capsys):
-    Path("last").write_bytes(recorded[0].read_bytes())
-    assert main(["report", "last", "--plot", "last"]) == 1
-    assert "it is what the report is of" in capsys.readouterr().err
-    assert Path("last").read_bytes() == recorded[0].read_bytes()
-    Path("autoclip.png").symlink_to("elsewhere.png")
-    assert main(["report", "last"]) == 0
-    assert not Path("elsewhere.png").exists()
-    assert Path("autoclip-1.png").exists()
-
-
 def test_fixed_clipping_has_a_report_and_a_plot_too():
     _, callback, norms = fit(callback=GradientClipping(Constant(1.0), verbose=False))
     figures = callback.report().sections[0].figures
@@ -446,10 +418,12 @@ def test_a_long_run_is_suggested_from_the_steps_that_its_record_still_holds(caps
 
 @pytest.mark.parametrize("name", ["name", "name.jpeg", "deep.er.png", "-x.png"])
 def test_the_plot_is_in_the_file_that_was_named(recorded, name, capsys):
-    for _ in range(2):
-        assert main(["report", str(recorded[0]), f"--plot={name}"]) == 0
-        assert [path.name for path in Path().iterdir()] == [name]
-    assert "in place of the one that was there" in capsys.readouterr().err
+    Path(name).write_bytes(b"an older one")
+    assert main(["report", str(recorded[0]), f"--plot={name}"]) == 0
+    assert [path.name for path in Path().iterdir()] == [name]
+    kind = "jpeg" if name.endswith("jpeg") else "png"
+    assert matplotlib.image.imread(BytesIO(Path(name).read_bytes()), kind).shape[1] > 600
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("name", "why"), [("folder", "directory"), ("no/where.png", "No such"), ("x.foo", "'foo'")])
