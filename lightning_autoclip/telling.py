@@ -58,14 +58,13 @@ class Telling:
         self._has_told = False  # in this fit
         self._is_open = False  # whether there is a fit whose end is to be told of
         self._defined = set[str]()  # keys that the loggers know of
-        self._table = loggers.SpikesInTime()
 
     def begin(self, trainer: Trainer) -> None:
         """Say what will be logged. From now on ``trainer.callback_metrics`` has the figures of the latest step."""
         self._batches, self._told, self._has_told = 0, self._scopes.total("nonfinite_total"), False
         self._is_open = True
         live.show(trainer, self._scopes.figures)
-        self._defined, self._table = set[str](), loggers.SpikesInTime()
+        self._defined = set[str]()
         self._define(trainer)
         hparams, step = getattr(trainer.lightning_module, "hparams", {}), step_of(trainer)
         loggers.describe(_loggers(trainer), self._settings.to_log(), hparams, step)
@@ -104,7 +103,6 @@ class Telling:
         options = {"alert_nonfinite": not self._settings.has_scaler, **self._options}
         for scope, points in parts:
             loggers.illustrate(told, scope.recorder.prefix, points, scope.trace, **options)
-        self._table.after_row(told, [(scope.trace, points) for scope, points in parts], self._scopes.spikes)
         if not self._has_told:
             self._warn_of_nonfinite()
 
@@ -171,7 +169,7 @@ class Telling:
         """Log the spike table and the report's verdicts."""
         if told := _loggers(trainer):
             health = report().summary if self._scopes else None
-            loggers.conclude(told, self._scopes.spikes(), health, step_of(trainer), self._table.shown)
+            loggers.conclude(told, self._scopes.spikes(), health, step_of(trainer))
 
     def warn_if_trained_elsewhere(self, trainer: Trainer) -> None:
         """Warn of a checkpoint of a process that has seen no step since others have made them."""
