@@ -28,7 +28,6 @@ from lightning_autoclip.strategies import (
     check_trainer,
     clipping_under,
     grad_scaler,
-    in_a_loop,
     parameter_names,
 )
 from lightning_autoclip.telling import Telling, located, log_every, step_of
@@ -169,7 +168,6 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     # --- every step ---------------------------------------------------------------------------------------------------
 
-    @in_a_loop
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the batch, for error messages and for steps without a backward pass."""
         self._batch_idx, self._backward_ran = batch_idx, False
@@ -185,7 +183,6 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         """Note that this batch has computed gradients."""
         self._backward_ran = True
 
-    @in_a_loop
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, record, decide, clip."""
         if self._clipping is None or not self._clipping.is_at_a_step():
@@ -211,7 +208,6 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         except NonFiniteGradientError as error:
             raise located(error, pl_module, known.keep(error.records, *where)) from None
 
-    @in_a_loop
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -220,7 +216,6 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     # --- end of fit and checkpoints -----------------------------------------------------------------------------------
 
-    @in_a_loop
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left and what it amounts to; warn of optimizers that stepped past the callback."""
         self._telling.end(trainer, self.report)
@@ -232,7 +227,6 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         if self._fit.is_of(trainer):
             self._telling.break_off(trainer, self.report)
 
-    @in_a_loop
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what waits for its row in the checkpoint: a resumed run neither repeats nor misses a row."""
         self._telling.warn_if_trained_elsewhere(trainer)
@@ -252,7 +246,6 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
                 " empty: the first thresholds come from few steps. Use `warmup_steps` to observe first."
             )
 
-    @in_a_loop
     def state_dict(self) -> dict[str, Any]:
         """The record and the trace of each scope, and the settings that they were made with."""
         if not self._scopes:

@@ -508,15 +508,6 @@ def test_a_threshold_that_is_no_number_clips_at_the_upper_bound(form):
     assert norm_of([parameter]) == pytest.approx(2)
 
 
-def test_a_policy_that_raises_stop_iteration_does_not_end_a_loop_in_silence(form):
-    class Exhausted(Policy):
-        def __call__(self, history):
-            return next(iter(()))
-
-    with pytest.raises(RuntimeError, match="`policy` raised StopIteration"):
-        clip(Exhausted(), with_gradient([1.0]))
-
-
 # --- corners that once were wrong -------------------------------------------------------------------------------------
 
 

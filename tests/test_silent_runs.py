@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Net, in_form, loader, norm_of, trainer, weights, with_gradient
+from helpers import Net, loader, norm_of, trainer, weights, with_gradient
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -22,7 +22,7 @@ from models import BadBatches, Gradients, Manual, Noting, WithoutLoss
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from lightning_autoclip import AutoClip, Constant, GradientClipper, GradientClipping, Percentile, Policy
+from lightning_autoclip import AutoClip, Constant, GradientClipper, Percentile
 
 
 class Stepping(Manual):
@@ -133,30 +133,6 @@ def test_an_optimizer_that_the_trainer_does_not_have_is_refused_in_one_sentence(
 
     with pytest.raises(MisconfigurationException, match=r"`AdamW` steps, but it neither is one of `trainer\."):
         trainer(AutoClip()).fit(Foreign(), loader())
-
-
-@pytest.mark.parametrize("form", ["cpu form", "accelerator form"])
-def test_a_stop_iteration_within_a_hook_does_not_end_the_training_in_silence(form):
-    class Exhausted(Policy):
-        def __init__(self) -> None:
-            self.thresholds = iter([1.0, 2.0])
-
-        def __call__(self, history):
-            return next(self.thresholds)
-
-    model = Net()
-    with in_form(form), pytest.raises(RuntimeError, match="StopIteration"):
-        trainer(GradientClipping(Exhausted())).fit(model, loader())
-
-
-def test_a_logger_that_raises_stop_iteration_does_not_end_the_training_in_silence():
-    class Broken(CSVLogger):
-        def log_metrics(self, metrics, step=None):
-            if any(key.startswith("autoclip/") for key in metrics):
-                raise StopIteration
-
-    with pytest.raises(RuntimeError, match="`on_train_batch_end` met a StopIteration"):
-        trainer(AutoClip(), logger=Broken("."), log_every_n_steps=4).fit(Net(), loader())
 
 
 @pytest.mark.parametrize("log_every_step", [True, False], ids=["at a checkpoint", "at the end of fit"])
