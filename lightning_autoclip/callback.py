@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,7 +16,6 @@ from lightning_autoclip.clipping.clipper import GradientClipper
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.clipping.policies import Policy
 from lightning_autoclip.clipping.threshold import Algorithm, NonFinite
-from lightning_autoclip.fits import Fit
 from lightning_autoclip.groups import Groups
 from lightning_autoclip.monitoring.plot import plot_of
 from lightning_autoclip.monitoring.report import Report, report_of
@@ -106,7 +106,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         self._scopes = Scopes(self._settings, log_every_step, log_layers)
         self._telling = Telling(type(self).__name__, self._scopes, self._settings, verbose, log_histogram, alert_above)
         self._clipping: InPlace | ZeroEngine | None = None
-        self._fit = Fit()
+        self._trainer: weakref.ref[Trainer] | None = None  # of the fit that was begun last
         self._stage: str | None = None
         self._batch_idx: int | None = None
         self._backward_ran = False
@@ -147,9 +147,10 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         self._stage = stage
         if stage != "fit":
             return
-        is_anothers = self._fit.begin(trainer, name := type(self).__name__)
+        is_anothers = self._trainer is not None and self._trainer() is not trainer
+        self._trainer = weakref.ref(trainer)
         algorithm = self._settings.arguments["gradient_clip_algorithm"]
-        check_trainer(trainer, pl_module, name, GradientClipping, algorithm)
+        check_trainer(trainer, pl_module, type(self).__name__, GradientClipping, algorithm)
         self._scopes.leave(trainer.global_step)
         if self._trained and (trainer.global_step == 0 or is_anothers):  # fitting on with the same Trainer keeps it
             self._scopes.forget()
@@ -224,8 +225,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log what is left, and print the report, before the run ends."""
-        if self._fit.is_of(trainer):
-            self._telling.break_off(trainer, self.report)
+        self._telling.break_off(trainer, self.report)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what waits for its row in the checkpoint: a resumed run neither repeats nor misses a row."""
@@ -250,11 +250,12 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         """The record and the trace of each scope, and the settings that they were made with."""
         if not self._scopes:
             return {}
+        trainer = None if self._trainer is None else self._trainer()
         return {
             "settings": self.settings,
             "several_policies": self._settings.several_policies,
             "has_scaler": self._settings.has_scaler,
-            "scopes": self._scopes.state_dict(self._fit.global_step),
+            "scopes": self._scopes.state_dict(-1 if trainer is None else trainer.global_step),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -294,7 +295,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs the module's `log` on every callback, and with it the whole model.
         kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
-        return {**kept, "_clipping": None}  # of this process
+        return {**kept, "_clipping": None, "_trainer": None}  # of this process
 
     # --- afterwards ---------------------------------------------------------------------------------------------------
 

@@ -58,7 +58,7 @@ def assert_logged(log: str | Path, clipper: GradientClipper, percentile: float =
 
 
 def assert_goes_on(clipper: GradientClipper, first: GradientClipper) -> None:
-    """A record begins with all that another one has seen."""
+    """A norm history begins with all that another one has seen."""
     before = first.history.recorded.tolist()
-    assert clipper.steps > first.steps > 0
+    assert clipper.history.count > first.history.count > 0
     assert clipper.history.recorded.tolist()[: len(before)] == before

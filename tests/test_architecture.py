@@ -55,7 +55,7 @@ WITHOUT_LIGHTNING = [
     "checkpoint",
     "__main__",
 ]
-_LAST = ["scopes", "strategies", "fits", "telling", "callback", "autoclip"]
+_LAST = ["scopes", "strategies", "telling", "callback", "autoclip"]
 _WITH_LIGHTNING = [*(f"monitoring.{room}" for room in _LOGGERS), *_LAST]
 ROOMS = [*WITHOUT_LIGHTNING, *_WITH_LIGHTNING, "lightning_autoclip"]
 

@@ -21,8 +21,6 @@ SHORT = {
     "a single logger that fails": {},
     "damaged checkpoints": {"tries": 30},
     "one callback, two Trainers in turn": {},
-    "one callback, two Trainers at a time": {},
-    "one callback, two threads": {},
     "copies in mid-fit": {},
     "a fit in a thread": {},
 }

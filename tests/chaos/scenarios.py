@@ -52,8 +52,6 @@ SCENARIOS: dict[str, Scenario] = {
     "a single logger that fails": faults.a_single_logger_that_fails,
     "damaged checkpoints": files.damaged_files,
     "one callback, two Trainers in turn": sharing.one_after_the_other,
-    "one callback, two Trainers at a time": sharing.at_the_same_time,
-    "one callback, two threads": sharing.in_two_threads,
     "copies in mid-fit": sharing.copied_in_mid_fit,
     "a fit in a thread": sharing.outside_the_main_thread,
 }
