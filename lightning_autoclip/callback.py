@@ -215,6 +215,11 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         """Log a row every ``log_every_n_steps``; warn in time of optimizers whose steps are not clipped."""
         self._telling.after_batch(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the latest figures where callbacks that act after a validation look for them."""
+        if self._stage == "fit" and not trainer.sanity_checking:
+            self._telling.publish(trainer)
+
     # --- end of fit and checkpoints -----------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -195,7 +195,7 @@ class Scopes:
 
     def figures(self) -> dict[str, float]:
         """The latest row of each scope."""
-        return {key: value for scope in self for key, value in scope.recorder.figures().items()}
+        return {key: value for scope in self for key, value in scope.recorder.summarise().items()}
 
     def state_dict(self, global_step: int) -> dict[str, Any]:
         """What happened so far, by prefix, up to the last step that was made: weights are saved as they are after it.

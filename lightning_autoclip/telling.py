@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_autoclip._checks import check_bool, check_number
 from lightning_autoclip._text import printable
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
-from lightning_autoclip.monitoring import live, loggers
+from lightning_autoclip.monitoring import loggers
 from lightning_autoclip.monitoring.recorder import Row, joined
 from lightning_autoclip.monitoring.report import Report
 from lightning_autoclip.monitoring.summary import Point
@@ -60,10 +62,10 @@ class Telling:
         self._defined = set[str]()  # keys that the loggers know of
 
     def begin(self, trainer: Trainer) -> None:
-        """Say what will be logged. From now on ``trainer.callback_metrics`` has the figures of the latest step."""
+        """Say what will be logged. From now on ``trainer.callback_metrics`` has all keys."""
         self._batches, self._told, self._has_told = 0, self._scopes.total("nonfinite_total"), False
         self._is_open = True
-        live.show(trainer, self._scopes.figures)
+        self.publish(trainer)
         self._defined = set[str]()
         self._define(trainer)
         hparams, step = getattr(trainer.lightning_module, "hparams", {}), step_of(trainer)
@@ -82,14 +84,24 @@ class Telling:
             known.end_batch()
         if self._is_due(trainer):
             self.flush(trainer)
+        elif trainer.fit_loop.epoch_loop._num_ready_batches_reached() or _is_saved(trainer):
+            self.publish(trainer)
         self._batches += 1
         rows, rest = divmod(self._batches, every * trainer.accumulate_grad_batches)
         if not rest:
             is_idle = not any(known.announced or known.passed_by for known in self._scopes.optimizers)
             self._warn_of_steps(has_ended=is_idle and rows > 1 and self._batches >= _IDLE)
 
+    def publish(self, trainer: Trainer) -> None:
+        """Put the latest row into ``trainer.callback_metrics``; a number that is not finite replaces none that is."""
+        metrics = trainer._logger_connector._callback_metrics
+        for key, value in self._scopes.figures().items():
+            if math.isfinite(value) or key not in metrics:
+                metrics[key] = torch.tensor(value if math.isfinite(value) else math.nan, dtype=torch.float32)
+
     def flush(self, trainer: Trainer) -> None:
         """Send what is held to every logger."""
+        self.publish(trainer)
         told, parts = _loggers(trainer), []
 
         def rows_of(scope: Scope) -> list[Row]:
@@ -229,6 +241,12 @@ def log_every(trainer: Trainer) -> int:
 def step_of(trainer: Trainer) -> int:
     """The loggers' step."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _is_saved(trainer: Trainer) -> bool:
+    """Whether a `ModelCheckpoint(every_n_train_steps=...)` saves at this step; it may monitor a key."""
+    intervals = [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
+    return any(every and trainer.global_step % every == 0 for every in intervals)
 
 
 def _is_last(trainer: Trainer) -> bool:

@@ -39,7 +39,6 @@ _MONITORING = [
     "plot",
     "texts",
     "suggest",
-    "live",
 ]
 _LOGGERS = ["wandb", "loggers", "workspace"]
 WITHOUT_LIGHTNING = [
