@@ -23,7 +23,6 @@ _CLIPPING = [
     "shards",
     "gradients",
     "clip",
-    "undo",
     "gate",
     "optimizers",
     "bound",
