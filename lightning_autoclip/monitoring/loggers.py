@@ -17,7 +17,7 @@ from lightning_autoclip._text import as_ascii_key
 from lightning_autoclip.monitoring import wandb
 from lightning_autoclip.monitoring.recorder import Row
 from lightning_autoclip.monitoring.summary import Point
-from lightning_autoclip.monitoring.texts import csv_of, finite_row, markdown_of, plain, replace_text
+from lightning_autoclip.monitoring.texts import csv_of, finite_row, markdown_of, replace_text
 from lightning_autoclip.monitoring.trace import Trace
 from lightning_autoclip.settings import is_settings
 
@@ -201,7 +201,7 @@ def _log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
     elif _is(logger, "MLFlowLogger"):  # its server may have another disk
         logger.experiment.log_text(logger.run_id, csv_of(rows), f"{_TABLE}.csv")
     elif _is(logger, "CometLogger"):  # a file beside what it keeps offline would be seen by nobody
-        table = [["" if value is None else plain(value) for value in row.values()] for row in rows]
+        table = [["" if value is None else value for value in row.values()] for row in rows]
         logger.experiment.log_table(f"{_TABLE}.csv", tabular_data=table, headers=list(rows[0]))
     else:
         _write(logger, f"{_TABLE}.csv", csv_of(rows))
