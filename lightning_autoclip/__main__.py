@@ -1,42 +1,35 @@
-"""The command line: ``python -m lightning_autoclip report last.ckpt``, ``... suggest metrics.csv``."""
+"""The command line: ``python -m lightning_autoclip report last.ckpt``, ``... suggest lightning_logs``."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from lightning_autoclip._text import printable
-from lightning_autoclip.monitoring.runs import RecordedRun, read_run
+from lightning_autoclip.checkpoint import RecordedRun, read_run
 from lightning_autoclip.monitoring.suggest import table, table_by_value
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-_PLOT = Path("autoclip.png")
-_FILES = "a Lightning checkpoint, a metrics.csv of CSVLogger, TensorBoard's folder or W&B's directory of a run"
+_FILES = "a Lightning checkpoint, or a folder: the newest *.ckpt below it is read"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lightning_autoclip", description="Look back at a run.")
     commands = parser.add_subparsers(dest="command", required=True)
-    report = commands.add_parser("report", help="what clipping did, and what it may hide; writes the plot")
+    report = commands.add_parser("report", help="what clipping did, and what it may hide")
     report.add_argument("path", type=Path, help=_FILES)
-    report.add_argument("--plot", type=Path, help="where to write it; by default a new autoclip.png")
+    report.add_argument("--plot", type=Path, help="draw the plot into this file")
     report.add_argument("--json", action="store_true", help="print the report as JSON")
     suggest = commands.add_parser("suggest", help="what several percentiles, or a fixed threshold, would have clipped")
     suggest.add_argument("path", type=Path, help=_FILES)
     parsed = parser.parse_args(arguments)
     try:
         run = read_run(parsed.path)
-        _report(run, parsed.path, parsed.plot, parsed.json) if parsed.command == "report" else _suggest(run)
+        _report(run, parsed.plot, parsed.json) if parsed.command == "report" else _suggest(run)
         sys.stdout.flush()
     except ValueError as error:
         print(f"{parser.prog}: {printable(str(error))}", file=sys.stderr)
@@ -47,93 +40,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _report(run: RecordedRun, of: Path, plot: Path | None, as_json: bool) -> None:
+def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
     report = run.report()
-    print(json.dumps(report.to_dict(), indent=1) if as_json else f"{printable(run.source)}\n{report}")
-    if not any(trace.names for trace in run.traces.values()):
-        print("These are logged rows: norms are their means. Checkpoints know layers and batches too.", file=sys.stderr)
-    begins = min((trace.bins[0].first for trace in run.traces.values() if trace.bins), default=0.0)
-    if begins > 0:  # below are the steps of a training before this one
-        print(
-            f"They begin at step {begins:.0f}: the steps before are in another folder, or a checkpoint.",
-            file=sys.stderr,
-        )
-    try:
-        figure = run.plot()
-    except ImportError:
-        if plot is not None:
-            raise ValueError("The plot needs matplotlib, which the extra `plot` installs.") from None
-        print("No plot: it needs matplotlib, which the extra `plot` installs.", file=sys.stderr)
+    print(f"checkpoint {printable(str(run.path))}", file=sys.stderr if as_json else sys.stdout)
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report)
+    if plot is None:
         return
     try:
-        if plot is not None and plot.exists() and plot.samefile(of):
-            raise ValueError("it is what the report is of")
-        path, told = _save(figure, plot, _mark(of))
+        run.plot().savefig(plot, dpi=150, format=plot.suffix.lstrip(".") or "png")  # else the name would get a suffix
+    except ImportError:
+        raise ValueError("The plot needs matplotlib, which the extra `plot` installs.") from None
     except Exception as error:  # of the disk, or of the program that a format takes
-        raise ValueError(
-            f"Expected `--plot` to be a file that can be written, but got {plot or _PLOT}: {error}"
-        ) from error
-    print(printable(f"Plot: {path}{told}"), file=sys.stderr)
-
-
-def _save(figure: Figure, plot: Path | None, mark: str) -> tuple[Path, str]:
-    """Write the plot: over whatever stands where it was asked for, else never over the picture of another run.
-
-    Returns:
-        Where it is, and what else is to be said.
-    """
-    if plot is not None:
-        told = " (in place of the one that was there)" if plot.exists() else ""
-        drawn = _drawn(figure, plot.suffix.lstrip(".") or "png")
-        plot.write_bytes(drawn)  # into that very file, whatever its name ends in
-        return plot, told
-    drawn = _drawn(figure, "png", metadata={"Comment": mark})
-    for path in (_PLOT, *(_PLOT.with_stem(f"{_PLOT.stem}-{number}") for number in range(1, 1000))):
-        if not os.path.lexists(path):  # a link to nothing is somebody's too
-            path.write_bytes(drawn)
-            return path, "" if path == _PLOT else f" ({_PLOT} shows something else: `--plot {_PLOT}` would replace it)"
-        if path.is_file() and mark.encode() in (there := path.read_bytes()):
-            path.write_bytes(drawn)
-            return path, " (as it was)" if there == drawn else " (in place of an older one of this run)"
-    raise OSError("there are a thousand of them: name one with `--plot`")
-
-
-def _mark(path: Path) -> str:
-    """What tells a run's pictures from those of others, and of its path nothing else."""
-    return f"lightning-autoclip {hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]}"
-
-
-def _drawn(figure: Figure, kind: str, **options: Any) -> bytes:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=150, format=kind, **options)
-    return drawn.getvalue()
+        raise ValueError(f"Expected `--plot` to be a file that can be written, but got {plot}: {error}") from error
 
 
 def _suggest(run: RecordedRun) -> None:
-    if not any(summary.norms for trace in run.traces.values() for summary in trace.bins):
-        raise ValueError(f"{run.source} has no step with a finite norm above 0, of which a percentile could be.")
-    if not all(run.norms.values()):
-        raise ValueError(
-            f"Expected the norms of single steps, but {run.source} has rows of many steps. Use a checkpoint, or log"
-            " with `log_every_step=True`."
-        )
-    by_value = run.settings["gradient_clip_algorithm"] == "value"
+    by_value, policy = run.settings["gradient_clip_algorithm"] == "value", run.settings["policy"]
+    is_percentile = policy.get("name") == "Percentile"  # another's fields may mean something else
+    used = {key: policy[key] for key in ("percentile", "multiplier") if is_percentile and key in policy}
     unit = "root-mean-square entries" if by_value else "norms"
     for prefix, norms in run.norms.items():
-        shown = table_by_value(norms, **_own(run.settings["policy"])) if by_value else table(norms)
-        print(f"{printable(run.source + ', ' + prefix.strip('/'))}: {len(norms):,} {unit}\n{shown}\n")
-
-
-def _own(policy: Mapping[str, Any]) -> dict[str, float]:
-    """Percentile and multiplier of the run, as far as it had them."""
-    if policy.get("name") != "Percentile":
-        return {}
-    ranges = {"percentile": (0, 100), "multiplier": (sys.float_info.min, sys.float_info.max)}
-    return {
-        key: float(value)
-        for key, (low, high) in ranges.items()
-        if isinstance(value := policy.get(key), (int, float)) and low <= value <= high
-    }
+        shown = table_by_value(norms, **used) if by_value else table(norms)
+        name = printable(f"{run.path}, {prefix.strip('/')}")
+        print(f"checkpoint {name}: {len(norms):,} {unit}\n{shown}\n")
 
 
 if __name__ == "__main__":

@@ -37,15 +37,13 @@ def shown(value: Any) -> str:
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters, line ends and what else has no glyph as escapes.
+    r"""Return the text, or, if it has control characters or line ends, what ``repr`` makes of it.
 
     Example:
         >>> printable("net.\x1b[31mred")
         'net.\\x1b[31mred'
     """
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def as_key(name: str) -> str:
@@ -93,12 +91,6 @@ def as_keys(names: Iterable[str]) -> dict[str, str]:
         taken.add(as_ascii_key(key))
         keys[name] = key
     return keys
-
-
-def as_cell(text: str) -> str:
-    """A text as a cell of a table that no spreadsheet takes for a formula."""
-    text = printable(text)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 def as_markdown(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,21 +16,18 @@ from lightning_autoclip.clipping.clipper import GradientClipper
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
 from lightning_autoclip.clipping.policies import Policy
 from lightning_autoclip.clipping.threshold import Algorithm, NonFinite
-from lightning_autoclip.fits import Fit
 from lightning_autoclip.groups import Groups
 from lightning_autoclip.monitoring.plot import plot_of
 from lightning_autoclip.monitoring.report import Report, report_of
-from lightning_autoclip.monitoring.runs import STATE_KEY
 from lightning_autoclip.monitoring.trace import Trace
 from lightning_autoclip.scopes import Scopes
-from lightning_autoclip.settings import Settings
+from lightning_autoclip.settings import STATE_KEY, Settings
 from lightning_autoclip.strategies import (
     InPlace,
     ZeroEngine,
     check_trainer,
     clipping_under,
     grad_scaler,
-    in_a_loop,
     parameter_names,
 )
 from lightning_autoclip.telling import Telling, located, log_every, step_of
@@ -108,7 +106,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         self._scopes = Scopes(self._settings, log_every_step, log_layers)
         self._telling = Telling(type(self).__name__, self._scopes, self._settings, verbose, log_histogram, alert_above)
         self._clipping: InPlace | ZeroEngine | None = None
-        self._fit = Fit()
+        self._trainer: weakref.ref[Trainer] | None = None  # of the fit that was begun last
         self._stage: str | None = None
         self._batch_idx: int | None = None
         self._backward_ran = False
@@ -149,9 +147,10 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         self._stage = stage
         if stage != "fit":
             return
-        is_anothers = self._fit.begin(trainer, name := type(self).__name__)
+        is_anothers = self._trainer is not None and self._trainer() is not trainer
+        self._trainer = weakref.ref(trainer)
         algorithm = self._settings.arguments["gradient_clip_algorithm"]
-        check_trainer(trainer, pl_module, name, GradientClipping, algorithm)
+        check_trainer(trainer, pl_module, type(self).__name__, GradientClipping, algorithm)
         self._scopes.leave(trainer.global_step)
         if self._trained and (trainer.global_step == 0 or is_anothers):  # fitting on with the same Trainer keeps it
             self._scopes.forget()
@@ -170,7 +169,6 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     # --- every step ---------------------------------------------------------------------------------------------------
 
-    @in_a_loop
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the batch, for error messages and for steps without a backward pass."""
         self._batch_idx, self._backward_ran = batch_idx, False
@@ -186,7 +184,6 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         """Note that this batch has computed gradients."""
         self._backward_ran = True
 
-    @in_a_loop
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, record, decide, clip."""
         if self._clipping is None or not self._clipping.is_at_a_step():
@@ -212,16 +209,19 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         except NonFiniteGradientError as error:
             raise located(error, pl_module, known.keep(error.records, *where)) from None
 
-    @in_a_loop
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log a row every ``log_every_n_steps``; warn in time of optimizers whose steps are not clipped."""
         self._telling.after_batch(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the latest figures where callbacks that act after a validation look for them."""
+        if self._stage == "fit" and not trainer.sanity_checking:
+            self._telling.publish(trainer)
+
     # --- end of fit and checkpoints -----------------------------------------------------------------------------------
 
-    @in_a_loop
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what is left and what it amounts to; warn of optimizers that stepped past the callback."""
         self._telling.end(trainer, self.report)
@@ -230,10 +230,8 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log what is left, and print the report, before the run ends."""
-        if self._fit.is_of(trainer):
-            self._telling.break_off(trainer, self.report)
+        self._telling.break_off(trainer, self.report)
 
-    @in_a_loop
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep what waits for its row in the checkpoint: a resumed run neither repeats nor misses a row."""
         self._telling.warn_if_trained_elsewhere(trainer)
@@ -253,16 +251,16 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
                 " empty: the first thresholds come from few steps. Use `warmup_steps` to observe first."
             )
 
-    @in_a_loop
     def state_dict(self) -> dict[str, Any]:
         """The record and the trace of each scope, and the settings that they were made with."""
         if not self._scopes:
             return {}
+        trainer = None if self._trainer is None else self._trainer()
         return {
             "settings": self.settings,
             "several_policies": self._settings.several_policies,
             "has_scaler": self._settings.has_scaler,
-            "scopes": self._scopes.state_dict(self._fit.global_step),
+            "scopes": self._scopes.state_dict(-1 if trainer is None else trainer.global_step),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -302,7 +300,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs the module's `log` on every callback, and with it the whole model.
         kept = {key: value for key, value in self.__dict__.items() if key not in ("log", "log_dict")}
-        return {**kept, "_clipping": None}  # of this process
+        return {**kept, "_clipping": None, "_trainer": None}  # of this process
 
     # --- afterwards ---------------------------------------------------------------------------------------------------
 

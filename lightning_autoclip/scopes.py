@@ -102,24 +102,24 @@ class Scopes:
             self._refuse_exchanged({prefix + group: own for prefix, groups in names for group, _, own in groups})
         own = {prefix: self._by_prefix.get(prefix) or self._new(prefix) for prefix in needed}
         self._by_prefix = own | {prefix: scope for prefix, scope in self._by_prefix.items() if prefix not in own}
+        self._start_anew_at(step)
         for scope in self:
             scope.clipper.release()  # a second fit has new optimizers
             scope.clipper.clipped_norm_every = measure_every
-        self._count_back_from(step)
         for known in self.optimizers:
             known.gate.settle()
             self._take_in(known, found[known.prefix], named)
 
-    def _count_back_from(self, step: int) -> None:
-        """Set records of a training that was further than this one before the first step of this one, all alike."""
+    def _start_anew_at(self, step: int) -> None:
+        """Keep nothing but the norm histories of a run that was further than this one."""
         last = max((scope.trace.bins[-1].last for scope in self if scope.trace.bins), default=-1.0)
         if last > step:
             rank_zero_warn(
-                f"The record that was loaded goes up to step {last:.0f}, and this fit begins with step {step}: it goes"
-                f" on, and in report and plot the earlier steps are counted back from there, to {step - 1} and below."
+                f"The state that was loaded goes up to step {last:.0f}, and this fit begins with step {step}: the norm"
+                " history is kept. Steps, report, plot and spikes are those of this fit."
             )
             for scope in self:
-                scope.shift(step - 1 - int(last))
+                scope.start_anew(self._settings.new_clipper())
 
     def _refuse_exchanged(self, named: dict[str, list[str]]) -> None:
         """Refuse a record that is of the parameters of another optimizer of this run: they stand in another order."""
@@ -195,7 +195,7 @@ class Scopes:
 
     def figures(self) -> dict[str, float]:
         """The latest row of each scope."""
-        return {key: value for scope in self for key, value in scope.recorder.figures().items()}
+        return {key: value for scope in self for key, value in scope.recorder.summarise().items()}
 
     def state_dict(self, global_step: int) -> dict[str, Any]:
         """What happened so far, by prefix, up to the last step that was made: weights are saved as they are after it.

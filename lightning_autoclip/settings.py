@@ -12,8 +12,9 @@ from lightning_autoclip.clipping.bound import is_proportional
 from lightning_autoclip.clipping.clipper import GradientClipper
 from lightning_autoclip.clipping.policies import Policy
 from lightning_autoclip.groups import check_groups
-from lightning_autoclip.monitoring.logs import is_settings
-from lightning_autoclip.monitoring.runs import STATE_KEY
+
+STATE_KEY = "GradientClipping"
+"""The callback's key in a checkpoint."""
 
 
 class Settings:
@@ -119,6 +120,25 @@ class Settings:
     def __repr__(self) -> str:
         given = self.arguments if self.groups is None else {**self.arguments, "groups": self.groups}
         return f"{self.policy!r}, " + ", ".join(f"{key}={value!r}" for key, value in given.items())
+
+
+def is_settings(value: Any) -> bool:
+    """Whether this is what :meth:`Settings.to_dict` returns, rather than something of the user's."""
+    return (
+        isinstance(value, dict)
+        and value.get("gradient_clip_algorithm") in ("norm", "value")
+        and "max_threshold" in value
+        and type(warmup := value.get("warmup_steps")) is int
+        and 0 <= warmup < 2**63
+        and isinstance(policy := value.get("policy"), dict)
+        and (policy.get("name") != "Percentile" or _is_percentile(policy))
+    )
+
+
+def _is_percentile(policy: Mapping[str, Any]) -> bool:
+    percentile: Any = policy.get("percentile")
+    multiplier: Any = policy.get("multiplier", 1)
+    return {type(percentile), type(multiplier)} <= {int, float} and 0 <= percentile <= 100 and multiplier > 0
 
 
 def _are_equal(one: Any, other: Any) -> bool:

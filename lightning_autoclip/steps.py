@@ -70,9 +70,12 @@ class Scope:
             )
         self.recorder.restore(trace, held)
 
-    def shift(self, by: int) -> None:
-        """Give what happened so far other numbers of steps, each that much higher; none waits for a row any more."""
-        self.recorder.restore(self.trace.shifted(by), Held())
+    def start_anew(self, clipper: GradientClipper) -> None:
+        """Keep nothing but the norm history, which goes to another clipper."""
+        clipper.history = self.clipper.history
+        clipper.begin_step()
+        self.clipper = clipper
+        self.recorder.restore(Trace(), Held())
 
     def go_on_from(self, other: Scope) -> None:
         """Take over what happened to another one."""

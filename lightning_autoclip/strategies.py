@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -39,22 +38,8 @@ _GRADIENTS = {
 }
 
 
-_Hook = TypeVar("_Hook", bound=Callable[..., Any])
 Parts = Sequence[tuple[GradientClipper, Sequence[int] | None]]
 """Clippers with the positions of their parameters, as in :func:`clip_together_`."""
-
-
-def in_a_loop(hook: _Hook) -> _Hook:
-    """No `StopIteration` leaves the hook: Lightning's loops would take it for the end of the data, without a word."""
-
-    @wraps(hook)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return hook(*args, **kwargs)
-        except StopIteration as error:
-            raise RuntimeError(f"`{hook.__name__}` met a StopIteration.") from error
-
-    return guarded  # type: ignore[return-value]
 
 
 def check_trainer(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_warn
@@ -13,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_autoclip._checks import check_bool, check_number
 from lightning_autoclip._text import printable
 from lightning_autoclip.clipping.optimizers import NonFiniteGradientError
-from lightning_autoclip.monitoring import live, loggers
+from lightning_autoclip.monitoring import loggers
 from lightning_autoclip.monitoring.recorder import Row, joined
 from lightning_autoclip.monitoring.report import Report
 from lightning_autoclip.monitoring.summary import Point
@@ -58,14 +60,13 @@ class Telling:
         self._has_told = False  # in this fit
         self._is_open = False  # whether there is a fit whose end is to be told of
         self._defined = set[str]()  # keys that the loggers know of
-        self._table = loggers.SpikesInTime()
 
     def begin(self, trainer: Trainer) -> None:
-        """Say what will be logged. From now on ``trainer.callback_metrics`` has the figures of the latest step."""
+        """Say what will be logged. From now on ``trainer.callback_metrics`` has all keys."""
         self._batches, self._told, self._has_told = 0, self._scopes.total("nonfinite_total"), False
         self._is_open = True
-        live.show(trainer, self._scopes.figures)
-        self._defined, self._table = set[str](), loggers.SpikesInTime()
+        self.publish(trainer)
+        self._defined = set[str]()
         self._define(trainer)
         hparams, step = getattr(trainer.lightning_module, "hparams", {}), step_of(trainer)
         loggers.describe(_loggers(trainer), self._settings.to_log(), hparams, step)
@@ -83,14 +84,24 @@ class Telling:
             known.end_batch()
         if self._is_due(trainer):
             self.flush(trainer)
+        elif trainer.fit_loop.epoch_loop._num_ready_batches_reached() or _is_saved(trainer):
+            self.publish(trainer)
         self._batches += 1
         rows, rest = divmod(self._batches, every * trainer.accumulate_grad_batches)
         if not rest:
             is_idle = not any(known.announced or known.passed_by for known in self._scopes.optimizers)
             self._warn_of_steps(has_ended=is_idle and rows > 1 and self._batches >= _IDLE)
 
+    def publish(self, trainer: Trainer) -> None:
+        """Put the latest row into ``trainer.callback_metrics``; a number that is not finite replaces none that is."""
+        metrics = trainer._logger_connector._callback_metrics
+        for key, value in self._scopes.figures().items():
+            if math.isfinite(value) or key not in metrics:
+                metrics[key] = torch.tensor(value if math.isfinite(value) else math.nan, dtype=torch.float32)
+
     def flush(self, trainer: Trainer) -> None:
         """Send what is held to every logger."""
+        self.publish(trainer)
         told, parts = _loggers(trainer), []
 
         def rows_of(scope: Scope) -> list[Row]:
@@ -104,7 +115,6 @@ class Telling:
         options = {"alert_nonfinite": not self._settings.has_scaler, **self._options}
         for scope, points in parts:
             loggers.illustrate(told, scope.recorder.prefix, points, scope.trace, **options)
-        self._table.after_row(told, [(scope.trace, points) for scope, points in parts], self._scopes.spikes)
         if not self._has_told:
             self._warn_of_nonfinite()
 
@@ -171,7 +181,7 @@ class Telling:
         """Log the spike table and the report's verdicts."""
         if told := _loggers(trainer):
             health = report().summary if self._scopes else None
-            loggers.conclude(told, self._scopes.spikes(), health, step_of(trainer), self._table.shown)
+            loggers.conclude(told, self._scopes.spikes(), health, step_of(trainer))
 
     def warn_if_trained_elsewhere(self, trainer: Trainer) -> None:
         """Warn of a checkpoint of a process that has seen no step since others have made them."""
@@ -231,6 +241,12 @@ def log_every(trainer: Trainer) -> int:
 def step_of(trainer: Trainer) -> int:
     """The loggers' step."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _is_saved(trainer: Trainer) -> bool:
+    """Whether a `ModelCheckpoint(every_n_train_steps=...)` saves at this step; it may monitor a key."""
+    intervals = [getattr(callback, "_every_n_train_steps", 0) for callback in trainer.checkpoint_callbacks]
+    return any(every and trainer.global_step % every == 0 for every in intervals)
 
 
 def _is_last(trainer: Trainer) -> bool:

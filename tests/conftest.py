@@ -22,7 +22,6 @@ LONGEST = [
     "test_report",
     "test_wandb_online",
     "test_looking_back",
-    "test_logs",
     "test_groups",
     "test_spikes",
 ]

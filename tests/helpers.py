@@ -139,6 +139,15 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The numbers of this library in the rows of a CSV file that have any, and their step."""
+    rows = [
+        {key: float(value) for key, value in row.items() if value and (key == "step" or key.startswith("autoclip"))}
+        for row in read_csv(path)
+    ]
+    return [row for row in rows if len(row) > 1]
+
+
 def by_percentile(*args: Any, **kwargs: Any) -> AutoClip:
     """`AutoClip` without the bound by the weights: its thresholds are those of the percentile alone."""
     return AutoClip(*args, **{"max_update_ratio": None, **kwargs})

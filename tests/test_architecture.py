@@ -23,7 +23,6 @@ _CLIPPING = [
     "shards",
     "gradients",
     "clip",
-    "undo",
     "gate",
     "optimizers",
     "bound",
@@ -37,12 +36,8 @@ _MONITORING = [
     "verdicts",
     "report",
     "plot",
-    "checkpoints",
-    "logs",
     "texts",
-    "runs",
     "suggest",
-    "live",
 ]
 _LOGGERS = ["wandb", "loggers", "workspace"]
 WITHOUT_LIGHTNING = [
@@ -55,9 +50,10 @@ WITHOUT_LIGHTNING = [
     *(f"monitoring.{room}" for room in _MONITORING),
     "settings",
     "steps",
+    "checkpoint",
     "__main__",
 ]
-_LAST = ["scopes", "strategies", "fits", "telling", "callback", "autoclip"]
+_LAST = ["scopes", "strategies", "telling", "callback", "autoclip"]
 _WITH_LIGHTNING = [*(f"monitoring.{room}" for room in _LOGGERS), *_LAST]
 ROOMS = [*WITHOUT_LIGHTNING, *_WITH_LIGHTNING, "lightning_autoclip"]
 

@@ -19,12 +19,8 @@ SHORT = {
     "a folder below a file": {},
     "a logger that fails, beside another": {},
     "a single logger that fails": {},
-    "damaged CSV files": {"tries": 12},
-    "damaged files of TensorBoard": {"tries": 12},
     "damaged checkpoints": {"tries": 30},
     "one callback, two Trainers in turn": {},
-    "one callback, two Trainers at a time": {},
-    "one callback, two threads": {},
     "copies in mid-fit": {},
     "a fit in a thread": {},
 }

@@ -28,7 +28,7 @@ from lightning_autoclip import (
     ZScore,
 )
 from lightning_autoclip.clipping import _numbers
-from lightning_autoclip.clipping.optimizers import parameters_of
+from lightning_autoclip.clipping.optimizers import must_be_read, parameters_of
 
 GRADIENT = (2.0, -6.0, 8.0, -3.0, 5.0)
 ENTRIES = st.floats(-(2**10), 2**10, width=32).filter(lambda x: x == 0 or abs(x) > 2**-10)
@@ -508,15 +508,6 @@ def test_a_threshold_that_is_no_number_clips_at_the_upper_bound(form):
     assert norm_of([parameter]) == pytest.approx(2)
 
 
-def test_a_policy_that_raises_stop_iteration_does_not_end_a_loop_in_silence(form):
-    class Exhausted(Policy):
-        def __call__(self, history):
-            return next(iter(()))
-
-    with pytest.raises(RuntimeError, match="`policy` raised StopIteration"):
-        clip(Exhausted(), with_gradient([1.0]))
-
-
 # --- corners that once were wrong -------------------------------------------------------------------------------------
 
 
@@ -825,3 +816,51 @@ def test_a_compiled_step_leaves_out_what_is_not_finite():
         step()
         moved.append(not torch.equal(weight, before))
     assert moved == [False, True, False, True]
+
+
+# --- where graphs are compiled: on the CPU, which then passes for such a device ---------------------------------------
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    monkeypatch.setattr(_numbers, "compiles_graphs", lambda device: True)
+    with in_form("accelerator form"):
+        yield
+
+
+def test_an_ordinary_optimizer_is_read_and_no_step_is_copied(compiling):
+    weight = with_gradient([3.0, 4.0])
+    optimizer, clipper = SGD([weight], lr=1.0, momentum=0.9), GradientClipper(Percentile(100))
+    assert must_be_read("skip", optimizer, False, False)
+    assert type(clipper.clip_(optimizer).norm) is float
+    weight.grad.fill_(math.nan)
+    clipper.clip_(optimizer)
+    optimizer.step()
+    assert torch.equal(weight.detach(), torch.zeros(2))
+    assert not optimizer.state[weight]
+
+
+@pytest.mark.parametrize("loaded", [0, 3])
+def test_steps_that_are_not_finite_are_counted_in_integers(loaded, compiling):
+    """A float may have eight bits there, and stands still at 256."""
+    weight, clipper = with_gradient([1.0, 1.0, 1.0]), GradientClipper(Percentile(100))
+    clipper.load_state_dict({**clipper.state_dict(), "steps": loaded, "nonfinite_total": loaded})
+    for count, norm in enumerate((math.nan, math.inf), loaded + 1):
+        weight.grad.fill_(norm)
+        record = clipper.clip_([weight])
+        weight.grad = torch.empty(3)
+        assert (clipper._nonfinite.dtype, clipper.nonfinite_total) == (torch.int64, count)
+        assert (record.nonfinite_total.dtype, record.nonfinite_total.item()) == (torch.float32, count)
+
+
+@pytest.mark.parametrize("count", [1, 2, 49, 50, 64])
+def test_rows_come_to_the_host_as_they_are(count, compiling):
+    rows = list(torch.arange(3.0 * count).reshape(count, 3))
+    assert torch.equal(_numbers.on_host(rows), torch.stack(rows))
+
+
+@pytest.mark.parametrize("first", [1.0, 2.0, math.inf, math.nan])
+@pytest.mark.parametrize("second", [1.0, 2.0, math.inf, math.nan])
+def test_the_smaller_of_two_numbers_is_that_of_torch(first, second, compiling):
+    pair = torch.tensor(first), torch.tensor(second)
+    assert torch.equal(_numbers.smaller(*pair).nan_to_num(-1), torch.fmin(*pair).nan_to_num(-1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 
@@ -554,19 +553,13 @@ def test_rows_and_layers_of_each_group_stand_under_its_name(logged):
         assert steps == pytest.approx([one.largest for one in trace.bins], rel=1e-6)
 
 
-def test_the_report_has_a_section_per_group_read_back_from_a_checkpoint_and_from_rows(logged, capsys):
+def test_the_report_of_a_checkpoint_has_a_section_per_group(logged, capsys):
     callback, folder = logged
     assert [section.name for section in callback.report().sections] == ["autoclip/first", "autoclip/rest"]
-    assert main(["report", str(folder / "last.ckpt")]) == 0
-    assert capsys.readouterr().out == f"checkpoint last.ckpt\n{callback.report()}\n"
-    assert main(["report", str(folder / "run"), "--json"]) == 0
-    sections = json.loads(capsys.readouterr().out)["sections"]
-    for section, exact in zip(sections, callback.report().sections, strict=True):
-        assert (section["name"], section["figures"]["steps"]) == (exact.name, 60)
-        assert section["figures"]["norm_max"] == pytest.approx(exact.figures.norm_max, rel=1e-5)
-    for path in ("last.ckpt", "run"):
-        assert main(["suggest", str(folder / path)]) == 0
-        assert re.findall(r", (autoclip/\w+): 60 norms", capsys.readouterr().out) == ["autoclip/first", "autoclip/rest"]
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out == f"checkpoint {folder / 'last.ckpt'}\n{callback.report()}\n"
+    assert main(["suggest", str(folder)]) == 0
+    assert re.findall(r", (autoclip/\w+): 60 norms", capsys.readouterr().out) == ["autoclip/first", "autoclip/rest"]
     assert len(callback.plot().axes) == 4
 
 

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from chaos.faults import small_files
+from fsspec.implementations.local import LocalFileSystem
 from helpers import Net, by_percentile, loader, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
@@ -27,7 +29,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import Tensor
 
-from lightning_autoclip import AutoClip, GradientClipping, Policy
+from lightning_autoclip import AutoClip, GradientClipping, History, Policy
+from lightning_autoclip.monitoring.texts import replace_text
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -489,3 +492,29 @@ def test_a_table_beside_a_logger_without_a_directory_per_run_stands_with_the_run
 def test_a_logger_without_any_directory_gets_no_table_and_no_error(tmp_path: Path) -> None:
     fit(Noting(optimizer=sgd), WithoutDirectoryPerRun(None, "first"))
     assert not [*tmp_path.rglob("autoclip_*")]
+
+
+def test_a_file_that_cannot_be_written_anew_stays_as_it_was(tmp_path):
+    path = tmp_path / "hparams.yaml"
+    replace_text(LocalFileSystem(), str(path), "lr: 0.1\n")
+    with small_files(100), pytest.raises(OSError, match="File too large"):
+        replace_text(LocalFileSystem(), str(path), "lr: 0.2\n" * 100)
+    assert path.read_text() == "lr: 0.1\n"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_settings_of_several_lines_are_written_anew_and_not_once_more(tmp_path):
+    @dataclass(frozen=True)
+    class Mine(Policy):
+        text: str
+
+        def __call__(self, history: History) -> Any:
+            return history.percentile(50)
+
+    texts = []
+    for _ in range(3):
+        run = trainer(GradientClipping(Mine("one\n\ntwo"), verbose=False), logger=MAKERS["tensorboard"](tmp_path))
+        run.fit(Net(), loader())
+        texts.append((tmp_path / "run" / "hparams.yaml").read_text())
+    assert texts[0] == texts[1] == texts[2]
+    assert yaml.safe_load(texts[0])["lightning_autoclip"]["policy"]["text"] == "one\n\ntwo"

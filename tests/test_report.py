@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import pytest
 import torch
 from helpers import Net, by_percentile, loader, norm_of, trainer
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from models import Gradients
 from torch import Tensor, nn
@@ -23,7 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_autoclip import AutoClip, Constant, GradientClipping
 from lightning_autoclip.monitoring.report import report_of
-from lightning_autoclip.monitoring.runs import read_run
 from lightning_autoclip.monitoring.summary import Point
 from lightning_autoclip.monitoring.trace import Trace
 from lightning_autoclip.monitoring.verdicts import LEAST_STEPS
@@ -502,20 +499,6 @@ def test_a_tiny_training_is_not_said_to_be_clipped_before(steps, percentile):
 
 def test_norms_that_creep_up_are_not_one_number():
     assert told_of(np.exp(np.linspace(0, 0.3, 1200))) == []
-
-
-@pytest.mark.parametrize(
-    ("every", "options", "told"),
-    [(10, {"log_every_step": True}, True), (1, {}, True), (10, {}, False)],
-    ids=["each step", "rows of one step", "rows of ten steps"],
-)
-def test_logged_rows_tell_of_it_where_they_have_the_norms_of_steps(tmp_path, every, options, told):
-    clipping, logger = AutoClip(50, **options), CSVLogger(tmp_path)
-    clipped_twice(clipping, logger=logger, log_every_n_steps=every)
-    found = [
-        verdict for verdict in read_run(Path(logger.log_dir)).report().verdicts if verdict.name == "already clipped"
-    ]
-    assert [verdict.evidence for verdict in found] == [evidence(clipping, "already clipped")] * told
 
 
 # --- what the report says ---------------------------------------------------------------------------------------------

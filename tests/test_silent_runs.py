@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from itertools import pairwise
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Net, in_form, loader, norm_of, trainer, weights, with_gradient
+from helpers import Net, loader, norm_of, trainer, weights, with_gradient
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -22,7 +21,7 @@ from models import BadBatches, Gradients, Manual, Noting, WithoutLoss
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from lightning_autoclip import AutoClip, Constant, GradientClipper, GradientClipping, Percentile, Policy
+from lightning_autoclip import AutoClip, Constant, GradientClipper, Percentile
 
 
 class Stepping(Manual):
@@ -133,30 +132,6 @@ def test_an_optimizer_that_the_trainer_does_not_have_is_refused_in_one_sentence(
 
     with pytest.raises(MisconfigurationException, match=r"`AdamW` steps, but it neither is one of `trainer\."):
         trainer(AutoClip()).fit(Foreign(), loader())
-
-
-@pytest.mark.parametrize("form", ["cpu form", "accelerator form"])
-def test_a_stop_iteration_within_a_hook_does_not_end_the_training_in_silence(form):
-    class Exhausted(Policy):
-        def __init__(self) -> None:
-            self.thresholds = iter([1.0, 2.0])
-
-        def __call__(self, history):
-            return next(self.thresholds)
-
-    model = Net()
-    with in_form(form), pytest.raises(RuntimeError, match="StopIteration"):
-        trainer(GradientClipping(Exhausted())).fit(model, loader())
-
-
-def test_a_logger_that_raises_stop_iteration_does_not_end_the_training_in_silence():
-    class Broken(CSVLogger):
-        def log_metrics(self, metrics, step=None):
-            if any(key.startswith("autoclip/") for key in metrics):
-                raise StopIteration
-
-    with pytest.raises(RuntimeError, match="`on_train_batch_end` met a StopIteration"):
-        trainer(AutoClip(), logger=Broken("."), log_every_n_steps=4).fit(Net(), loader())
 
 
 @pytest.mark.parametrize("log_every_step", [True, False], ids=["at a checkpoint", "at the end of fit"])
@@ -600,29 +575,63 @@ def test_a_checkpoint_that_monitors_a_figure_sees_that_of_its_own_step(form, tmp
     assert float(checkpoints.best_model_score) == pytest.approx(model.norms[57], rel=1e-5)
 
 
+class Reporter(Callback):
+    """Notes the figures at each call of a hook."""
+
+    def __init__(self, when: str) -> None:
+        self.read: list[tuple[int, dict[str, Any]]] = []
+        setattr(self, when, self.note)
+
+    def note(self, trainer, *args):
+        if not trainer.sanity_checking:
+            self.read.append((trainer.global_step, dict(trainer.callback_metrics)))
+
+    def of(self, key: str) -> dict[int, float]:
+        return {step: float(metrics[key]) for step, metrics in self.read}
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["before ours", "behind ours"])
-@pytest.mark.parametrize("when", ["on_train_batch_end", "on_train_epoch_end", "on_validation_end"])
-def test_a_reporter_reads_the_figures_of_the_latest_step_wherever_it_stands(form, first, when):
-    read = []
-
-    class Reporter(Callback):
-        def note(self, trainer, *args):
-            if trainer.sanity_checking:
-                return
-            live = trainer.callback_metrics
-            metrics = [live, copy.deepcopy(live), dict(live), {**live}, live.copy(), dict(live.items())]
-            assert len({float(each["autoclip/grad_norm"]) for each in metrics}) == 1
-            read.append((trainer.global_step, metrics[0]["autoclip/grad_norm"]))
-
-    setattr(Reporter, when, Reporter.note)
-    model, autoclip = spiky(2), AutoClip(100)
+@pytest.mark.parametrize("when", ["on_train_epoch_end", "on_validation_end"])
+def test_a_reporter_at_the_end_of_an_epoch_reads_the_figures_of_its_last_step(form, first, when):
+    model, autoclip, reporter = spiky(2), AutoClip(100), Reporter(when)
     model.validation_step = lambda batch, batch_idx: None
-    callbacks = [Reporter(), autoclip] if first else [autoclip, Reporter()]
+    callbacks = [reporter, autoclip] if first else [autoclip, reporter]
     run = trainer(*callbacks, max_epochs=2, log_every_n_steps=50)
     run.fit(model, loader(n=20), loader(n=4))
-    assert [step for step, _ in read] == (list(range(1, 11)) if when == "on_train_batch_end" else [5, 10])
-    assert [float(value) for _, value in read] == pytest.approx([model.norms[step - 1] for step, _ in read], rel=1e-5)
+    expected = {step: model.norms[step - 1] for step in (5, 10)}
+    assert reporter.of("autoclip/grad_norm") == pytest.approx(expected, rel=1e-5)
     assert float(run.callback_metrics["autoclip/grad_norm_mean"]) == pytest.approx(sum(model.norms) / 10, rel=1e-5)
+
+
+def test_a_validation_within_an_epoch_reads_the_figures_of_the_steps_so_far(form):
+    model, reporter = spiky(2), Reporter("on_validation_end")
+    model.validation_step = lambda batch, batch_idx: None
+    trainer(reporter, AutoClip(100), log_every_n_steps=50, val_check_interval=4).fit(model, loader(n=40), loader(n=4))
+    expected = {step: max(model.norms[:step]) for step in (4, 8)}
+    assert reporter.of("autoclip/grad_norm_max") == pytest.approx(expected, rel=1e-5)
+
+
+def test_between_two_rows_the_figures_are_those_of_the_last_one(form):
+    model, reporter = spiky(2), Reporter("on_train_batch_end")
+    trainer(AutoClip(100), reporter, log_every_n_steps=4).fit(model, loader(n=40))
+    known = {step: model.norms[step - step % 4 - 1] for step in range(4, 10)} | {10: model.norms[9]}
+    unknown = dict.fromkeys(range(1, 4), math.nan)
+    assert reporter.of("autoclip/grad_norm") == pytest.approx(unknown | known, rel=1e-5, nan_ok=True)
+
+
+def test_the_figures_are_plain_tensors_of_which_a_finite_one_stays(form):
+    """Who stops a run at a NaN is not to stop it for a step that was skipped."""
+    model, reporter = BadBatches({6: math.nan, 7: math.nan}), Reporter("on_train_batch_end")
+    trainer(AutoClip(warmup_steps=100, max_update_ratio=None), reporter, log_every_n_steps=2).fit(model, loader(n=40))
+    metrics = dict(reporter.read)
+    assert all(
+        type(each[key]) is torch.Tensor for each in metrics.values() for key in each if key.startswith("autoclip/")
+    )
+    assert all(value.dtype == torch.float32 for value in metrics[10].values())
+    norms = reporter.of("autoclip/grad_norm")
+    assert norms[8] == norms[6] != norms[10]
+    assert reporter.of("autoclip/nonfinite_total")[8] == 2
+    assert math.isnan(reporter.of("autoclip/threshold")[10])  # during the warm-up nothing is clipped
 
 
 def test_early_stopping_and_a_scheduler_may_read_before_the_first_row():
@@ -639,7 +648,7 @@ def test_early_stopping_and_a_scheduler_may_read_before_the_first_row():
     assert model.lr_schedulers().best < math.inf
 
 
-def test_where_nobody_reads_the_figures_nothing_is_fetched_between_two_rows(form, monkeypatch):
+def test_nothing_is_fetched_between_two_rows(form, monkeypatch):
     from lightning_autoclip.monitoring.recorder import Recorder
 
     fetched, fetch = [], Recorder._fetch

@@ -38,6 +38,11 @@ def finish(directory: Path) -> None:
     read_runs(directory)
 
 
+def rows_on_disk(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's file as far as it goes, also of a run that was killed."""
+    return [_values(record.history.item) for record in _records(path.read_bytes()) if record.HasField("history")]
+
+
 def _read_run(path: Path) -> Run:
     records = _wait_for_exit(path)
 

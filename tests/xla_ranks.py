@@ -113,11 +113,10 @@ class TwoDevices(XLAStrategy):
 
 
 class ReducesFirst(Callback):
-    """Has the gradients reduced by a graph of its own at the first step, which is read for want of momentum."""
+    """Has the gradients reduced by a graph of its own at each step, since the callback then reads their norm."""
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if trainer.global_step == 0:
-            torch_xla.sync()
+        torch_xla.sync()
 
 
 class Keeps(Callback):

@@ -30,7 +30,7 @@ def reads_are_free(device: torch.device) -> bool:
 def compiles_graphs(device: torch.device) -> bool:
     """Whether operations are gathered until somebody looks, and compiled as one graph (XLA).
 
-    Copies that nobody looks at cost nothing there, and each new shape or number of tensors costs a compilation.
+    Each new shape or number of tensors costs a compilation there.
     """
     return device.type == "xla"
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_autoclip._text import printable
-from lightning_autoclip.clipping.undo import Undo
 
 
 class StepGate:
@@ -44,7 +43,6 @@ class StepGate:
         self._is_asked = False  # to drop them: else they would be held for nothing
         self._was_zeroed = self._notes_zero_grad = False  # while they are taken
         self._found_inf: Tensor | None = None
-        self._undo: Undo | None = None
 
     @classmethod
     def of(cls, optimizer: Any) -> StepGate:
@@ -66,7 +64,7 @@ class StepGate:
 
     def forget(self, optimizer: Any) -> None:
         """Take back what was said of a step that was not made."""
-        self._leaves_out, self._taken, self._undo = False, [], None
+        self._leaves_out, self._taken = False, []
         self._forget_found_inf(optimizer)
         self._note_zero_grad(optimizer, False)
 
@@ -90,10 +88,6 @@ class StepGate:
     def leave_out_if(self, found_inf: Tensor, optimizer: Any) -> None:
         """Have the coming step of a fused optimizer change nothing if this, on its device, is 1."""
         optimizer.found_inf = self._found_inf = found_inf
-
-    def take_back_unless(self, goes: Tensor, optimizer: Any) -> None:
-        """Have the coming step, once it is made, change nothing unless this, on its device, is true."""
-        self._undo = Undo(optimizer, goes)
 
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._depth, self._is_young = self._depth + 1, False
@@ -143,9 +137,6 @@ class StepGate:
         self._depth, self._is_young = self._depth - 1, False
         if self._depth > 0:
             return
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
         self.passed_by += not self.is_expected
         self.computed, self._depth, self.is_expected = 0, 0, False
         if self._taken or self._notes_zero_grad:

@@ -13,7 +13,6 @@ from torch.amp.grad_scaler import GradScaler, OptState
 
 from lightning_autoclip.clipping._numbers import flag, negation
 from lightning_autoclip.clipping.gate import StepGate
-from lightning_autoclip.clipping.undo import can_be_undone
 
 _STEP_WHAT_THEY_WRAP = ("LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer")
 
@@ -151,13 +150,8 @@ def must_be_read(
     """
     if nonfinite == "raise" or (nonfinite == "ignore" and not skips_outliers):
         return nonfinite == "raise"
-    can_be_left_out = steps_with_found_inf(optimizer) or _is_taken_back(optimizer)
-    can_be_left_out |= has_scaler and not skips_outliers
-    return not can_be_left_out or must_not_skip_itself(optimizer, is_sharded)
-
-
-def _is_taken_back(optimizer: Any) -> bool:
-    return optimizer is not None and StepGate.of(optimizer).has_hooks and can_be_undone(optimizer)
+    can_be_skipped = steps_with_found_inf(optimizer) or (has_scaler and not skips_outliers)
+    return not can_be_skipped or must_not_skip_itself(optimizer, is_sharded)
 
 
 def raise_if_nonfinite(
@@ -227,9 +221,7 @@ def leave_out_unless(goes: bool | Tensor, parameters: Sequence[Tensor], optimize
         gate: Of the optimizer; ``None`` if that is not known.
     """
     if isinstance(goes, Tensor):
-        if gate is not None and gate.has_hooks and can_be_undone(optimizer):
-            gate.take_back_unless(goes, optimizer)
-        elif gate is not None and gate.has_hooks:
+        if gate is not None and gate.has_hooks:
             gate.leave_out_if(flag(goes, 0.0, 1.0), optimizer)
     elif not goes and gate is not None:
         gate.leave_out(optimizer)

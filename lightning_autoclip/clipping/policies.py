@@ -69,10 +69,7 @@ def threshold_on_device(policy: Policy, history: History, device: torch.device) 
 
 
 def _asked(policy: Policy, history: History) -> Number:
-    try:
-        threshold = policy(history)
-    except StopIteration as error:  # which would end a training loop as if its data had come to an end
-        raise RuntimeError(f"`policy` raised StopIteration: {policy!r}.") from error
+    threshold = policy(history)
     if isinstance(threshold, Tensor) and threshold.numel() == 1 and not threshold.is_complex():
         return threshold
     if isinstance(threshold, Tensor) or not isinstance(threshold, Real):  # numpy's numbers are real ones too

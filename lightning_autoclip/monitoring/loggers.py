@@ -15,18 +15,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_autoclip._text import as_ascii_key
 from lightning_autoclip.monitoring import wandb
-from lightning_autoclip.monitoring.logs import CONFIG_KEY, is_settings
 from lightning_autoclip.monitoring.recorder import Row
 from lightning_autoclip.monitoring.summary import Point
-from lightning_autoclip.monitoring.texts import csv_of, finite_row, markdown_of, plain, replace_text
+from lightning_autoclip.monitoring.texts import csv_of, finite_row, markdown_of, replace_text
 from lightning_autoclip.monitoring.trace import Trace
-from lightning_autoclip.monitoring.verdicts import SPIKE
+from lightning_autoclip.settings import is_settings
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
+CONFIG_KEY = "lightning_autoclip"  # of the settings among a run's hyperparameters
 _TABLE, _HEALTH = "autoclip_spikes", "autoclip/health"
-_MOST_TABLES = 20  # of a fit, beside the one at its end: each is a file and an artifact
 
 
 def describe(loggers: Iterable[Logger], settings: Mapping[str, Any], hparams: Mapping[str, Any], step: int) -> None:
@@ -160,60 +159,11 @@ def illustrate(
             _attempt(what, logger, send_it)
 
 
-class SpikesInTime:
-    """Shows the spike table on Weights & Biases while a fit goes on, however long it is in few versions.
-
-    It is shown with a row that brings a spike. The next time comes at the earliest one row later, the one after that
-    two rows later, then four and so on; what comes in between is shown then.
-
-    Attributes:
-        shown: The rows of the table as it was shown last; ``None`` before.
-    """
-
-    def __init__(self) -> None:
-        self.shown: list[dict[str, Any]] | None = None
-        self._times, self._rows_to_wait, self._is_due = 0, 0, False
-
-    def after_row(
-        self,
-        loggers: Iterable[Logger],
-        parts: Iterable[tuple[Trace, Sequence[Point]]],
-        spikes: Callable[[], Sequence[dict[str, Any]]],
-    ) -> None:
-        """Show the table if it is time.
-
-        Args:
-            loggers: Those of the Trainer.
-            parts: Of each scope what happened in the run so far, and the steps that a row has just summed up.
-            spikes: What ``spikes()`` of the callback is.
-        """
-        told = [logger for logger in loggers if _is(logger, "WandbLogger")]
-        parts = [(trace, points) for trace, points in parts if points]
-        if not told or not parts:
-            return
-        self._is_due = self._is_due or any(_brings_spike(*part) for part in parts)
-        self._rows_to_wait -= 1
-        if not self._is_due or self._rows_to_wait > 0 or self._times >= _MOST_TABLES:
-            return
-        self._is_due, self._rows_to_wait, self._times = False, 2**self._times, self._times + 1
-        rows, step = [finite_row(spike) for spike in spikes()], max(points[-1].step for _, points in parts)
-        done = [_attempt("spike table", logger, partial(_log_spikes, logger, rows, step)) for logger in told]
-        self.shown = rows if all(done) else None
-
-
-def _brings_spike(trace: Trace, points: Sequence[Point]) -> bool:
-    """Whether the table has new steps that are not finite, the largest of the run or far above the typical norm."""
-    steps = {point.step for point in points}
-    large = [spike for i, spike in enumerate(trace.largest) if i == 0 or spike.times > SPIKE]
-    return any(spike.point.step in steps for spike in [*trace.nonfinite, *large])
-
-
 def conclude(
     loggers: Iterable[Logger],
     spikes: Sequence[dict[str, Any]],
     health: str | None,
     step: int,
-    shown: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     """Log the spike table and the report's verdicts; a logger that fails is warned of.
 
@@ -222,23 +172,20 @@ def conclude(
         spikes: What ``spikes()`` of the callback returns; nothing is logged of an empty table.
         health: The report's verdicts in a few words; ``None`` where there is no report.
         step: The step that it is logged at.
-        shown: What W&B was shown last, which is not logged again.
     """
     rows = [finite_row(spike) for spike in spikes]
     for logger in loggers:
-        if rows and not (rows == shown and _is(logger, "WandbLogger")):
+        if rows:
             _attempt("spike table", logger, partial(_log_spikes, logger, rows, step))
         if health is not None:
             _attempt("report's verdicts", logger, partial(_log_health, logger, health, step))
 
 
-def _attempt(what: str, logger: Logger, log: Callable[[], None]) -> bool:
+def _attempt(what: str, logger: Logger, log: Callable[[], None]) -> None:
     try:
         log()
     except Exception as error:  # a server or a disk that fails must not fail a training for what is only told
         rank_zero_warn(f"The {what} could not be logged to `{type(logger).__name__}`: {error}")
-        return False
-    return True
 
 
 def _log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
@@ -254,7 +201,7 @@ def _log_spikes(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
     elif _is(logger, "MLFlowLogger"):  # its server may have another disk
         logger.experiment.log_text(logger.run_id, csv_of(rows), f"{_TABLE}.csv")
     elif _is(logger, "CometLogger"):  # a file beside what it keeps offline would be seen by nobody
-        table = [["" if value is None else plain(value) for value in row.values()] for row in rows]
+        table = [["" if value is None else value for value in row.values()] for row in rows]
         logger.experiment.log_table(f"{_TABLE}.csv", tabular_data=table, headers=list(rows[0]))
     else:
         _write(logger, f"{_TABLE}.csv", csv_of(rows))

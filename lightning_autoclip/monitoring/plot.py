@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +50,8 @@ def _draw_norms(axes: Axes, trace: Trace, by_value: bool) -> None:
     norm, typical = "root-mean-square entry" if by_value else "gradient norm", [steps.typical for steps in bins]
     kind = ""
     if any(steps.norms > 1 for steps in bins):
-        is_known = all(steps.smallest < math.inf for steps in bins)  # a logged row has a mean and the largest alone
-        kind = "typical " if is_known else "mean "
-        low = [steps.smallest for steps in bins] if is_known else typical
-        label = f"{'smallest' if is_known else 'mean'} to largest"
-        axes.fill_between(middles, low, [steps.largest for steps in bins], color=_NORM, alpha=0.25, lw=0, label=label)
+        kind, low, high = "typical ", [steps.smallest for steps in bins], [steps.largest for steps in bins]
+        axes.fill_between(middles, low, high, color=_NORM, alpha=0.25, lw=0, label="smallest to largest")
     axes.plot(middles, typical, color=_NORM, lw=0.8, label=kind + norm)
     axes.plot(middles, [steps.threshold for steps in bins], color=_THRESHOLD, lw=1.4, label="threshold")
     spikes = [] if by_value else [spike for spike in trace.largest if spike.times > _SPIKE]
@@ -64,7 +60,7 @@ def _draw_norms(axes: Axes, trace: Trace, by_value: bool) -> None:
         axes.plot(at, norms, "o", ms=4, mfc="none", color="black", label=f"over {_SPIKE} times the typical norm")
     for spike in _apart(spikes, trace.bins[-1].last - trace.bins[0].first):
         point = spike.point
-        batch = f"step {point.step}" + (f"\nbatch {point.last_batch}" if point.epoch >= 0 else "")
+        batch = f"step {point.step}\nbatch {point.last_batch}"
         axes.annotate(batch, (point.step, point.norm), (5, -3), textcoords="offset points", va="top", fontsize=7)
     if bins:
         axes.set_yscale("log")

@@ -64,7 +64,6 @@ class Recorder:
         self._is_last_open = False  # whether the last record is of the step that is being made
         self._before: tuple[Trace, Held] | None = None  # that step, if it is among them
         self._last_row: dict[str, float] | None = None
-        self._last_finite: dict[str, float] = {}  # by key
 
     @property
     def keys(self) -> list[str]:
@@ -167,14 +166,6 @@ class Recorder:
         self._fetch()
         return self._row() if self.held.points or self._last_row is None else self._last_row
 
-    def figures(self) -> dict[str, float]:
-        """The summary as :meth:`summarise` gives it; where it has no number, the last one that a row had.
-
-        Who stops a run at a NaN is not to stop it for a step that was left out.
-        """
-        row = self.summarise()
-        return {key: value if math.isfinite(value) else self._last_finite.get(key, value) for key, value in row.items()}
-
     def flush(self) -> tuple[list[Row], list[Point]]:
         """Hold nothing any more.
 
@@ -186,7 +177,6 @@ class Recorder:
             return [], []
         *rows, last = self.flush_steps() or [(points[-1].step, {})]
         self._last_row = row
-        self._last_finite |= {key: value for key, value in row.items() if math.isfinite(value)}
         self.held = Held()
         self._before = self._before and (self._before[0], Held())
         return [*rows, (last[0], last[1] | row)], points  # the last step's row and the summary are one

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_autoclip._text import as_markdown, printable
 from lightning_autoclip.monitoring.trace import Trace
-from lightning_autoclip.monitoring.verdicts import LEAST_STEPS, Figures, Verdict, figures_of, is_enough, verdicts_of
+from lightning_autoclip.monitoring.verdicts import LEAST_STEPS, Figures, Verdict, figures_of, verdicts_of
 
 _TOO_FEW = "too few steps to tell"
 _WIDTH = 100  # of a printed line
@@ -33,7 +33,6 @@ class Section:
         verdicts: What that may mean.
         measure: What the norms among the figures are: the ``"norm"``, or by value the ``"root-mean-square entry"``.
         unbounded: Whether ``max_update_ratio`` was asked for, and the optimizer is none that it can be had of.
-        enough: Whether there is enough to tell how norms went.
     """
 
     name: str
@@ -41,7 +40,11 @@ class Section:
     verdicts: tuple[Verdict, ...]
     measure: str = "norm"
     unbounded: bool = False
-    enough: bool = True
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are enough steps to see a trend of the norms."""
+        return self.figures.steps >= LEAST_STEPS
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,7 @@ def report_of(traces: Mapping[str, Trace], settings: Mapping[str, Any], has_scal
             measure = "norm" if settings["gradient_clip_algorithm"] == "norm" else "root-mean-square entry"
             verdicts = tuple(verdicts_of(trace, figures, has_scaler))
             unbounded = settings.get("max_update_ratio") is not None and math.isnan(figures.bounded_fraction)
-            enough = is_enough(trace, figures)
-            sections.append(Section(prefix.strip("/"), figures, verdicts, measure, unbounded, enough))
+            sections.append(Section(prefix.strip("/"), figures, verdicts, measure, unbounded))
     return Report(tuple(sections))
 
 
@@ -118,9 +120,8 @@ def _few(names: Sequence[str], of_all: int) -> str:
 
 
 def _nothing(section: Section) -> str:
-    """What to say where there is no verdict."""
-    too_few = _TOO_FEW if section.figures.steps < LEAST_STEPS else _TOO_FEW.replace("steps", "rows")
-    return ("Healthy" if section.enough else too_few).capitalize()
+    """Return what to say where there is no verdict."""
+    return ("Healthy" if section.enough else _TOO_FEW).capitalize()
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from lightning_autoclip._text import as_cell, as_markdown
+from lightning_autoclip._text import as_markdown
 
 
 def replace_text(files: Any, path: str, text: str) -> None:
@@ -36,13 +36,8 @@ def csv_of(rows: Sequence[dict[str, Any]]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")  # where files are text, the system adds its own
     writer.writeheader()
-    writer.writerows({key: plain(value) for key, value in row.items()} for row in rows)
+    writer.writerows(rows)
     return file.getvalue()
-
-
-def plain(value: Any) -> Any:
-    """A value as a cell that no spreadsheet takes for a formula."""
-    return as_cell(value) if isinstance(value, str) else value
 
 
 def finite_row(row: dict[str, Any]) -> dict[str, Any]:

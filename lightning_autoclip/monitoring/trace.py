@@ -99,16 +99,6 @@ class Trace:
         other._share_sums = self._share_sums.clone()
         return other
 
-    def shifted(self, by: int) -> Trace:
-        """The same with other numbers of steps: each that much higher."""
-        other = self.copy()
-        other.bins = [replace(bin_, first=bin_.first + by, last=bin_.last + by) for bin_ in self.bins]
-        other.largest, other.nonfinite = (
-            [replace(spike, point=spike.point._replace(step=spike.point.step + by)) for spike in spikes]
-            for spikes in (self.largest, self.nonfinite)
-        )
-        return other
-
     def extend(self, points: Sequence[Point], squares: Tensor | None) -> Tensor:
         """Take in some steps.
 

@@ -12,7 +12,6 @@ from lightning_autoclip.monitoring.trace import Spike, Trace, by_module
 
 # Each threshold is argued in docs/monitoring.md.
 LEAST_STEPS = 50  # fewer tell nothing of a trend
-LEAST_BINS = 30  # of a logged row nobody knows more than its mean and its largest norm
 RISEN = 10.0  # times, from the first steps to the largest tenth of the run
 RISING = 5.0  # likewise, where clipping is also far more frequent than it should be
 FALLEN = 1000.0  # times, from the first tenth of the steps to the last
@@ -71,8 +70,7 @@ class Figures:
         bounded_fraction: Share of the steps that `max_update_ratio` shortened; NaN where it was not at work.
         update_ratio: By what part of its norm the gradients, unless clipped, would typically (geometric mean) have
             moved the weight matrix that they move most; NaN likewise.
-        bound_excess: How many times that bound the steps typically exceeded that it shortened; NaN if none, and 1 of
-            logged rows, which do not tell.
+        bound_excess: How many times that bound the steps typically exceeded that it shortened; NaN if none.
         modules: Mean share of each module in the squared norm, two names deep, largest first.
     """
 
@@ -146,36 +144,24 @@ def verdicts_of(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Ve
         return
     verdict_of_bound = list(_of_bound(figures))
     yield from verdict_of_bound
-    if is_enough(trace, figures):
-        yield from _of_growth(trace, figures)
-        yield from _of_decline(trace, figures)
+    yield from _of_growth(trace, figures)
+    yield from _of_decline(trace, figures)
     yield from _of_spikes(trace)
     if not verdict_of_bound:  # which says more
         yield from _of_clipping(figures)
     yield from _of_layers(trace)
 
 
-def is_enough(trace: Trace, figures: Figures) -> bool:
-    """Whether there are enough steps, and of logged rows enough of them, to tell how norms went."""
-    return figures.steps >= LEAST_STEPS and len(trace.bins) >= LEAST_BINS
-
-
 def _of_nonfinite(trace: Trace, figures: Figures, has_scaler: bool) -> Iterator[Verdict]:
     if figures.nonfinite > (max(20, OVERFLOWS * figures.steps) if has_scaler else 0):
-        first = named = beyond = ""
-        if not trace.nonfinite:  # logged rows only count them
-            row = next(steps for steps in trace.bins if steps.nonfinite)
-            steps = f"steps {row.first:.0f} to {row.last:.0f}" if row.steps > 1 else f"step {row.last:.0f}"
-            first = f", the first of them in {steps}"
-        else:
-            named = ", ".join(name for name, _ in trace.nonfinite[0].parameters)
-            named = "other groups" if math.isfinite(trace.nonfinite[0].point.norm) else named
-            first = f", first at {where(trace.nonfinite[0].point)}"
-            beyond = ", or a norm above 1.8e19" if trace.nonfinite[0].point.norm == math.inf else ""
+        first = trace.nonfinite[0]
+        named = ", ".join(name for name, _ in first.parameters)
+        named = "other groups" if math.isfinite(first.point.norm) else named
+        beyond = ", or a norm above 1.8e19" if first.point.norm == math.inf else ""
         yield Verdict(
             "non-finite gradients",
-            f"{figures.nonfinite} of {figures.steps} steps had a NaN or an infinity in their gradient{beyond}{first}"
-            + (f" in {named}." if named else "."),
+            f"{figures.nonfinite} of {figures.steps} steps had a NaN or an infinity in their gradient{beyond}, first at"
+            f" {where(first.point)}" + (f" in {named}." if named else "."),
             "Look at that batch, at what divides, takes a root or a logarithm there, and, if norms grew before it, at"
             " the learning rate.",
         )
@@ -209,9 +195,9 @@ def _of_bound(figures: Figures) -> Iterator[Verdict]:
         yield Verdict(
             "learning rate too high",
             f"at {figures.bounded_fraction:.0%} of the steps the gradient would have moved a weight matrix by more than"
-            " `max_update_ratio` lets it" + (f", typically by {times:.1f} times as much." if times > 1 else "."),
-            (f"Divide the learning rate by {times:.1f} or more" if times > 1 else "Lower the learning rate")
-            + ", or warm it up if only the first steps are concerned.",
+            f" `max_update_ratio` lets it, typically by {times:.1f} times as much.",
+            f"Divide the learning rate by {times:.1f} or more, or use a learning-rate warm-up if only the first steps"
+            " are concerned.",
         )
 
 
@@ -320,6 +306,5 @@ def late_spikes(trace: Trace, above: float) -> list[Spike]:
 
 
 def where(point: Point) -> str:
-    """Step and batches; of logged rows only the step is known."""
-    batches = f" (epoch {point.epoch}, batch {point.batches.replace('-', ' to ')})" if point.epoch >= 0 else ""
-    return f"step {point.step}{batches}"
+    """Return step, epoch and batches in words."""
+    return f"step {point.step} (epoch {point.epoch}, batch {point.batches.replace('-', ' to ')})"

@@ -22,7 +22,8 @@ from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader
 
 from lightning_autoclip import AutoClip
-from lightning_autoclip.monitoring.runs import STATE_KEY, read_run
+from lightning_autoclip.checkpoint import read_run
+from lightning_autoclip.settings import STATE_KEY
 
 CALLS = ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint", "log_graph")
 STEPS = 30

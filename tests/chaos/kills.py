@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 import torch
-from helpers import Net, dataset, trainer, weights
+from helpers import Net, dataset, read_rows, trainer, weights
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -19,10 +19,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from processes import SERVER, TIME_LIMIT
 from ranks import join_group
 from torch.utils.data import DataLoader
+from wandb_reader import read_runs, rows_on_disk
 
 from lightning_autoclip import AutoClip
-from lightning_autoclip.monitoring.logs import read_log
-from lightning_autoclip.monitoring.runs import STATE_KEY
+from lightning_autoclip.settings import STATE_KEY
 
 SCALES = (1, 3, float("nan"), 0.5, 40, 1, float("inf"), 2, 1, 8, 1, 1, 5)
 
@@ -230,7 +230,7 @@ def assert_same_end(plan: Plan, expected: Path, folder: Path) -> None:
 
 def parts_of_rows(folder: Path) -> list[list[dict[str, float]]]:
     files = sorted(folder.glob("rows/part-*/metrics.csv"))
-    return [read_log(file).rows for file in files]
+    return [read_rows(file) for file in files]
 
 
 def merged(parts: list[list[dict[str, float]]]) -> dict[float, dict[str, float]]:
@@ -257,12 +257,17 @@ def assert_same_rows(plan: Plan, expected: Path, folder: Path) -> None:
 
 
 def rows_of_wandb(folder: Path) -> list[dict[str, float]]:
-    """The rows of a finished run, without what the client counts of tables."""
-    deadline = time.monotonic() + TIME_LIMIT
-    while (log := read_log(folder / "wandb")).is_open:
-        assert time.monotonic() < deadline, f"{folder} has no exit record"
-        time.sleep(0.5)  # `finish` can return before the client has written everything
-    return [row for row in log.rows if any(key.endswith("/grad_norm_mean") for key in row)]
+    """The rows of a finished run: each part takes the place of the one before from its first step on."""
+    files, rows = sorted(folder.glob("wandb/*run-*/*.wandb")), list[dict[str, float]]()
+    read_runs(files[-1].parent)  # waits for the end of the last part; others were killed
+    for file in files:
+        part = [
+            {"step": row["trainer/global_step"], **{key: row[key] for key in row if key.startswith("autoclip")}}
+            for row in rows_on_disk(file)
+            if any(key.endswith("/grad_norm_mean") for key in row)  # else it is a table
+        ]
+        rows = [*(row for row in rows if not part or row["step"] < part[0]["step"]), *part]
+    return rows
 
 
 def assert_rows_of_wandb(expected: Path, folder: Path, since: int) -> int:

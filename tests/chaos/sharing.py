@@ -6,7 +6,6 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from chaos import kills
 from helpers import trainer, weights
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
@@ -83,54 +81,6 @@ def in_a_thread(do: Callable[[], Any]) -> Any:
     thread.join(60)
     assert not thread.is_alive()
     return result[0]
-
-
-def at_the_same_time(folder: Path, random: Random) -> str:
-    """The second Trainer, in a thread or within the first one's fit, is told so; the first one does not notice."""
-    callback, step, errors = clip(), random.randint(1, STEPS - 1), []
-    do = partial(fit, callback)
-
-    def meanwhile() -> None:
-        if random.random() < 0.5:
-            errors.append(in_a_thread(do))
-            return
-        try:
-            do()
-        except MisconfigurationException as error:
-            errors.append(error)
-
-    run = fit(callback, At(step, meanwhile, within=random.random() < 0.5))
-    (error,) = errors
-    assert isinstance(error, MisconfigurationException), repr(error)
-    assert "in the fit of another Trainer" in str(error), error
-    assert_as_alone(callback, run)
-    assert_as_alone(callback, fit(callback))  # now it is free
-    return f"at step {step}"
-
-
-def in_two_threads(folder: Path, random: Random) -> str:
-    """Two fits that begin together: one is made as if alone, the other one is told so, or both come in turn."""
-    callback, barrier = clip(), threading.Barrier(2)
-    results: list[Any] = []
-
-    def work() -> None:
-        barrier.wait()
-        try:
-            results.append(fit(callback))
-        except BaseException as error:
-            results.append(error)
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    errors = [each for each in results if isinstance(each, BaseException)]
-    assert len(results) == 2
-    assert all("in the fit of another Trainer" in str(each) for each in errors), errors
-    assert len(errors) < 2
-    assert callback.clippers[0].steps == STEPS
-    return f"{len(errors)} of 2 told"
 
 
 def copied_in_mid_fit(folder: Path, random: Random) -> str:

@@ -36,7 +36,7 @@ def test_a_copy_is_fitted_and_has_recorded_every_step(page):
 def test_a_load_drops_callbacks_and_a_record_that_is_carried_goes_on(page):
     assert "callbacks" not in NeuralForecast.load(str(page["folder"] / "saved")).models[0].trainer_kwargs
     assert_goes_on(page["again"].clippers[0], page["autoclip"].clippers[0])
-    assert page["again"].clippers[0].steps == 60
+    assert page["again"].clippers[0].steps == 30
 
 
 @pytest.mark.parametrize("verbose", [False, True])

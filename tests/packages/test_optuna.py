@@ -9,10 +9,8 @@ import optuna
 import pytest
 from helpers import Net, loader
 from optuna.trial import TrialState
-from packages_page import assert_logged
+from packages_page import assert_logged, last_row
 from torch.optim import Adam
-
-from lightning_autoclip.monitoring.logs import read_log
 
 SECTION = "optuna"
 
@@ -47,5 +45,4 @@ def test_a_trial_that_is_pruned_has_logged_its_last_rows_and_prints_nothing(page
     (trial,) = study.trials
     assert trial.state == TrialState.PRUNED
     assert "autoclip: " not in capsys.readouterr().out
-    rows = read_log(max(Path("lightning_logs").iterdir())).rows
-    assert rows[-1]["step"] == 15  # of the first epoch
+    assert last_row(max(Path("lightning_logs").iterdir()))["step"] == 15  # of the first epoch

@@ -16,7 +16,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from torch.optim import Adam
 
-from lightning_autoclip.monitoring.runs import RecordedRun, read_run
+from lightning_autoclip.checkpoint import RecordedRun, read_run
 
 SECTION = "ray"
 STEPS = 8  # of a worker in an epoch: 64 rows in batches of 4 on two workers

@@ -1,0 +1,151 @@
+"""The state of the callback in a Lightning checkpoint, read for report, plot and suggestions."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_autoclip._checks import DAMAGE
+from lightning_autoclip.clipping.record import History
+from lightning_autoclip.monitoring.plot import plot_of
+from lightning_autoclip.monitoring.report import Report, report_of
+from lightning_autoclip.monitoring.trace import Trace
+from lightning_autoclip.settings import STATE_KEY, is_settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run as a checkpoint holds it.
+
+    Attributes:
+        path: The file.
+        traces: Per optimizer, by the prefix of its keys, what happened.
+        norms: Likewise, the norms of single steps, oldest first; by value the root-mean-square elements. Of a run with
+            more steps than the trace has bins, those that the norm history still holds.
+        settings: The callback's arguments.
+        has_scaler: Whether a loss scaler was at work.
+    """
+
+    path: Path
+    traces: dict[str, Trace]
+    norms: dict[str, list[float]]
+    settings: dict[str, Any]
+    has_scaler: bool
+
+    def report(self) -> Report:
+        """Return what clipping did, and what it may hide."""
+        return report_of(self.traces, self.settings, self.has_scaler)
+
+    def plot(self) -> Figure:
+        """Draw norms, thresholds and clip coefficients: needs matplotlib."""
+        return plot_of(self.traces, self.settings)
+
+
+def read_run(path: Path) -> RecordedRun:
+    """Read a Lightning checkpoint, or the newest ``*.ckpt`` below a folder.
+
+    Nothing in the file is executed, and no module that it names is imported.
+
+    Raises:
+        ValueError: There is no such file, it is damaged or no Lightning checkpoint, or it was written without us.
+    """
+    try:
+        path = _newest_below(path) if path.is_dir() else path
+        path.open("rb").close()  # torch's own errors of missing files differ
+    except OSError as error:
+        raise ValueError(f"Expected a checkpoint that can be read, but got {path}: {error}.") from error
+    state = _our_state(_load(path), path)
+    try:
+        scopes, settings = state["scopes"], dict(state["settings"])
+        if not scopes or not all(isinstance(prefix, str) for prefix in scopes) or not is_settings(settings):
+            raise KeyError("settings")
+        if state["several_policies"]:
+            settings["policy"] = {"name": "several"}
+        traces = {prefix: Trace.from_state(scope["trace"]) for prefix, scope in scopes.items()}
+        norms = {prefix: _norms(traces[prefix], scope["clipper"]["history"]) for prefix, scope in scopes.items()}
+        return RecordedRun(path, traces, norms, settings, bool(state["has_scaler"]))
+    except DAMAGE as error:
+        raise ValueError(f"The state of {STATE_KEY!r} in {path} is damaged: {error!r}.") from error
+
+
+def _newest_below(folder: Path) -> Path:
+    found = [path for path in folder.rglob("*.ckpt") if path.is_file()]
+    if not found:
+        raise ValueError(f"Expected {folder} to have a checkpoint (`*.ckpt`) in it or below it, but found none.")
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def _our_state(checkpoint: Any, path: Path) -> dict[str, Any]:
+    """Return the callback's entry."""
+    if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
+        raise ValueError(f"Expected {path} to be a checkpoint of Lightning's Trainer, but it is another file of torch.")
+    if "callbacks" not in checkpoint:
+        raise ValueError(
+            f"{path} is a weights-only checkpoint, which holds no state of callbacks. Save one without"
+            " `save_weights_only=True`, or call `report()` of the callback after the fit."
+        )
+    if not (state := checkpoint["callbacks"].get(STATE_KEY)):
+        raise ValueError(f"{path} was written without `AutoClip` or `GradientClipping`: it has no {STATE_KEY!r}.")
+    return state  # type: ignore[no-any-return]
+
+
+def _norms(trace: Trace, state: dict[str, Any]) -> list[float]:
+    """Return the norms of all steps while each has its bin, else those in the norm history."""
+    if all(steps.steps == 1 for steps in trace.bins):
+        return [steps.largest for steps in trace.bins if steps.norms]
+    history = History(None)
+    history.load_state_dict(state)
+    norms: list[float] = history.recorded.tolist()
+    return norms
+
+
+class _Inert:
+    """Stands in for an object of a class that is not imported: takes any arguments and state, and keeps none."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _load(path: Path) -> Any:
+    """Load a file of `torch.save` by torch's safe unpickler, with stand-ins for the classes that it does not know."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        stand_ins: dict[str, Any] = {name: type(name, (_Inert,), {}) for name in names}
+        stand_ins |= {"builtins.getattr": lambda *args: _Inert, "": _Inert}  # of a class that stands in another one
+        while True:
+            known: Any = [(stand_in, name) for name, stand_in in stand_ins.items()]
+            try:
+                with torch.serialization.safe_globals(known):
+                    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except UnpicklingError as error:
+                _exchange(stand_ins, str(error.__context__))  # the error itself is a page of advice around this one
+    except Exception as error:  # a damaged file can lead to any
+        raise ValueError(
+            f"Expected {path} to be a checkpoint of `torch.save`, but it cannot be read: {error}"
+        ) from error
+
+
+def _exchange(stand_ins: dict[str, Any], reason: str) -> None:
+    """Exchange the stand-in that could not be loaded for a list or a dict, as the unpickler fills no class of others.
+
+    Raises:
+        ValueError: It was something else that could not be loaded.
+    """
+    for name, stand_in in stand_ins.items():
+        if str(stand_in) in reason:
+            new: Any = (lambda cls, *args: OrderedDict()) if "SETITEM" in reason else (lambda cls, *args: [])
+            stand_ins[name] = type(name, (), {"__new__": new})
+            return
+    raise ValueError(reason)
