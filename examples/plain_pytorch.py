@@ -56,7 +56,7 @@ def main() -> None:
     torch.save(train(0, args.steps // 2), args.out / "half.pt")
     end = train(args.steps // 2, args.steps, torch.load(args.out / "half.pt", weights_only=True))
     record, whole = end["clipper"], train(0, args.steps)
-    print(f"{record['steps']} steps, {record['nonfinite_total']} of them overflowed")
+    print(f"{record['steps']} steps, {record['nonfinite_steps']} of them overflowed")
     print("weights equal:", all(torch.equal(value, end["model"][name]) for name, value in whole["model"].items()))
 
 

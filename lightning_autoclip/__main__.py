@@ -9,9 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_autoclip._text import printable
 from lightning_autoclip.checkpoint import RecordedRun, read_run
-from lightning_autoclip.monitoring.suggest import table, table_by_value
+from lightning_autoclip.suggest import table, table_by_value
 
 _FILES = "a Lightning checkpoint, or a folder: the newest *.ckpt below it is read"
 
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report(run, parsed.plot, parsed.json) if parsed.command == "report" else _suggest(run)
         sys.stdout.flush()
     except ValueError as error:
-        print(f"{parser.prog}: {printable(str(error))}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # as of `... | head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter flushes into it again
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
     report = run.report()
-    print(f"checkpoint {printable(str(run.path))}", file=sys.stderr if as_json else sys.stdout)
+    print(f"checkpoint {run.path}", file=sys.stderr if as_json else sys.stdout)
     print(json.dumps(report.to_dict(), indent=1) if as_json else report)
     if plot is None:
         return
@@ -56,13 +55,12 @@ def _report(run: RecordedRun, plot: Path | None, as_json: bool) -> None:
 
 def _suggest(run: RecordedRun) -> None:
     by_value, policy = run.settings["gradient_clip_algorithm"] == "value", run.settings["policy"]
-    is_percentile = policy.get("name") == "Percentile"  # another's fields may mean something else
-    used = {key: policy[key] for key in ("percentile", "multiplier") if is_percentile and key in policy}
-    unit = "root-mean-square entries" if by_value else "norms"
+    is_percentile = policy["class"] == "lightning_autoclip.policies.Percentile"
+    used = policy["arguments"] if is_percentile else {}
+    unit = "values of the gradient RMS" if by_value else "norms"
     for prefix, norms in run.norms.items():
         shown = table_by_value(norms, **used) if by_value else table(norms)
-        name = printable(f"{run.path}, {prefix.strip('/')}")
-        print(f"checkpoint {name}: {len(norms):,} {unit}\n{shown}\n")
+        print(f"checkpoint {run.path}, {prefix.strip('/')}: {len(norms):,} {unit}\n{shown}\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -79,3 +79,51 @@ def check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"Expected `{name}` to be a bool, but got {shown(value)}.")
     return value
+
+
+def check_state(name: str, state: Any, expected: Mapping[str, Any]) -> None:
+    """Raise unless a saved state has exactly these keys and types.
+
+    Args:
+        name: Whose state it is, for the message.
+        state: What was loaded.
+        expected: By key a type, a mapping for a nested state, the value itself where it must be that one, `object`
+            for anything, or ``[float]`` for a list of floats. Integers are counts.
+
+    Raises:
+        ValueError: It has others.
+    """
+    if wrong := _wrong_in(state, expected, name):
+        raise ValueError(
+            f"The state of `{name}` cannot be loaded: {wrong}. It is damaged or was saved by another version. Resume"
+            " from another checkpoint, or remove that entry to start with an empty history."
+        )
+
+
+def _wrong_in(state: Any, expected: Mapping[str, Any], at: str) -> str:
+    """What is wrong in a saved state, in words; nothing if it is sound."""
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        keys = shown(sorted(map(str, state))) if isinstance(state, dict) else f"a `{type(state).__name__}`"
+        return f"expected `{at}` to have the keys {sorted(expected)}, but got {keys}"
+    for key, kind in expected.items():
+        if isinstance(kind, Mapping):
+            wrong = _wrong_in(state[key], kind, f"{at}.{key}")
+        else:
+            rule = f"of type `{kind.__name__}`" if isinstance(kind, type) else repr(kind)
+            wrong = (
+                "" if _is_of(kind, state[key]) else f"expected `{at}.{key}` to be {rule}, but got {shown(state[key])}"
+            )
+        if wrong:
+            return wrong
+    return ""
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a saved value is of a type, is a list of floats, or is that very value."""
+    if kind == [float]:
+        return isinstance(value, list) and set(map(type, value)) <= {float}
+    if not isinstance(kind, type):
+        return type(value) is type(kind) and bool(value == kind)
+    if kind is int:
+        return type(value) is int and value >= 0
+    return isinstance(value, kind)

@@ -1,49 +1,31 @@
-"""What came from elsewhere as it can be shown: values in messages, names in tables, terminals and keys."""
+"""Values in messages, names in keys of loggers, tables as texts."""
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 import re
 import reprlib
 import zlib
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _MOST_SHOWN = 120  # characters of a value
 _MOST_OF_A_KEY = 80
 
 
-class _Short(reprlib.Repr):
-    """Of what a few entries hold, a few levels deep: what is shared in many places can have more text than memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel, self.maxstring, self.maxother = 3, _MOST_SHOWN, _MOST_SHOWN
-
-    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        if level <= 0:
-            return "{...}"
-        own = [f"{self.repr1(key, level - 1)}: {self.repr1(x[key], level - 1)}" for key in islice(x, self.maxdict)]
-        return f"{{{', '.join(own)}{', ...' * (len(x) > self.maxdict)}}}"
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, _MOST_SHOWN, _MOST_SHOWN
 
 
 def shown(value: Any) -> str:
-    """A value in a message: short, whatever its ``repr`` does."""
+    """A value in a message: short, whatever its ``repr`` does, and however often it holds the same list."""
     try:
-        text = _Short().repr(value) if isinstance(value, (dict, list, tuple)) else repr(value)
+        text = _SHORT.repr(value)
     except Exception:  # Python refuses to write an integer of more than 4,300 digits, for one
         return "what cannot be shown"
     return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
-
-
-def printable(text: str) -> str:
-    r"""Return the text, or, if it has control characters or line ends, what ``repr`` makes of it.
-
-    Example:
-        >>> printable("net.\x1b[31mred")
-        'net.\\x1b[31mred'
-    """
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def as_key(name: str) -> str:
@@ -95,4 +77,28 @@ def as_keys(names: Iterable[str]) -> dict[str, str]:
 
 def as_markdown(text: str) -> str:
     """A text within a line of markdown, a table's cell too."""
-    return re.sub(r"([\\|`*<\[])", r"\\\1", printable(text))
+    return re.sub(r"([\\|`*<\[])", r"\\\1", text)
+
+
+def csv_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of a table, of which there is at least one, as a CSV file."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")  # where files are text, the system adds its own
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def finite_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with nothing where a number is not finite: neither JSON nor a database has it."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def markdown_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The same as a table of markdown."""
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else as_markdown(str(value))

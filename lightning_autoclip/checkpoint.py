@@ -10,15 +10,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_autoclip._checks import DAMAGE
-from lightning_autoclip.clipping.record import History
-from lightning_autoclip.monitoring.plot import plot_of
-from lightning_autoclip.monitoring.report import Report, report_of
-from lightning_autoclip.monitoring.trace import Trace
-from lightning_autoclip.settings import STATE_KEY, is_settings
+from lightning_autoclip._checks import check_state
+from lightning_autoclip.clipper import GradientClipper
+from lightning_autoclip.history import History
+from lightning_autoclip.plot import plot_of
+from lightning_autoclip.policies import Constant
+from lightning_autoclip.report import Report, report_of
+from lightning_autoclip.settings import Clipping
+from lightning_autoclip.steplog import StepLog
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+STATE_KEY = "AutoClip"  # of the callback in a checkpoint
+CALLBACK_STATE: dict[str, Any] = {
+    "version": 1,
+    "settings": dict,
+    "several_policies": bool,
+    "has_scaler": bool,
+    "groups": dict,
+}
+SETTINGS = {**dict.fromkeys(Clipping(Constant(1.0)).to_dict(), object), "groups": object}
 
 
 @dataclass(frozen=True)
@@ -27,26 +40,26 @@ class RecordedRun:
 
     Attributes:
         path: The file.
-        traces: Per optimizer, by the prefix of its keys, what happened.
-        norms: Likewise, the norms of single steps, oldest first; by value the root-mean-square elements. Of a run with
-            more steps than the trace has bins, those that the norm history still holds.
-        settings: The callback's arguments.
+        logs: What happened, per optimizer, by the prefix of its keys.
+        norms: Likewise, the norms of single steps, oldest first; by value the gradient RMS. Of a run with more steps
+            than the log has bins, those that the norm history still holds.
+        settings: The callback's settings.
         has_scaler: Whether a loss scaler was at work.
     """
 
     path: Path
-    traces: dict[str, Trace]
+    logs: dict[str, StepLog]
     norms: dict[str, list[float]]
     settings: dict[str, Any]
     has_scaler: bool
 
     def report(self) -> Report:
         """Return what clipping did, and what it may hide."""
-        return report_of(self.traces, self.settings, self.has_scaler)
+        return report_of(self.logs, self.settings, self.has_scaler)
 
     def plot(self) -> Figure:
         """Draw norms, thresholds and clip coefficients: needs matplotlib."""
-        return plot_of(self.traces, self.settings)
+        return plot_of(self.logs, self.settings)
 
 
 def read_run(path: Path) -> RecordedRun:
@@ -64,16 +77,19 @@ def read_run(path: Path) -> RecordedRun:
         raise ValueError(f"Expected a checkpoint that can be read, but got {path}: {error}.") from error
     state = _our_state(_load(path), path)
     try:
-        scopes, settings = state["scopes"], dict(state["settings"])
-        if not scopes or not all(isinstance(prefix, str) for prefix in scopes) or not is_settings(settings):
-            raise KeyError("settings")
+        check_state(STATE_KEY, state, CALLBACK_STATE)
+        check_state(f"{STATE_KEY}.settings", state["settings"], SETTINGS)
+        settings, logs, norms = dict(state["settings"]), {}, {}
         if state["several_policies"]:
-            settings["policy"] = {"name": "several"}
-        traces = {prefix: Trace.from_state(scope["trace"]) for prefix, scope in scopes.items()}
-        norms = {prefix: _norms(traces[prefix], scope["clipper"]["history"]) for prefix, scope in scopes.items()}
-        return RecordedRun(path, traces, norms, settings, bool(state["has_scaler"]))
-    except DAMAGE as error:
-        raise ValueError(f"The state of {STATE_KEY!r} in {path} is damaged: {error!r}.") from error
+            settings["policy"] = {"class": "several", "arguments": {}}
+        for prefix, group in state["groups"].items():
+            clipper, logs[prefix] = GradientClipper(Constant(1.0), window=None), StepLog(prefix)
+            logs[prefix].load_state_dict(group["log"])
+            clipper.load_state_dict({**group["clipper"], "gradient_clip_algorithm": "norm"})
+            norms[prefix] = _norms(logs[prefix], clipper.history)
+        return RecordedRun(path, logs, norms, settings, state["has_scaler"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"The norm history in {path} cannot be read: {error}") from error
 
 
 def _newest_below(folder: Path) -> Path:
@@ -87,7 +103,7 @@ def _our_state(checkpoint: Any, path: Path) -> dict[str, Any]:
     """Return the callback's entry."""
     if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
         raise ValueError(f"Expected {path} to be a checkpoint of Lightning's Trainer, but it is another file of torch.")
-    if "callbacks" not in checkpoint:
+    if not isinstance(checkpoint.get("callbacks"), dict):
         raise ValueError(
             f"{path} is a weights-only checkpoint, which holds no state of callbacks. Save one without"
             " `save_weights_only=True`, or call `report()` of the callback after the fit."
@@ -97,13 +113,11 @@ def _our_state(checkpoint: Any, path: Path) -> dict[str, Any]:
     return state  # type: ignore[no-any-return]
 
 
-def _norms(trace: Trace, state: dict[str, Any]) -> list[float]:
+def _norms(log: StepLog, history: History) -> list[float]:
     """Return the norms of all steps while each has its bin, else those in the norm history."""
-    if all(steps.steps == 1 for steps in trace.bins):
-        return [steps.largest for steps in trace.bins if steps.norms]
-    history = History(None)
-    history.load_state_dict(state)
-    norms: list[float] = history.recorded.tolist()
+    if all(row.steps == 1 for row in log.bins):
+        return [row.statistic for row in log.bins if row.norms]
+    norms: list[float] = history.values.tolist()
     return norms
 
 
@@ -130,7 +144,7 @@ def _load(path: Path) -> Any:
                 with torch.serialization.safe_globals(known):
                     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except UnpicklingError as error:
-                _exchange(stand_ins, str(error.__context__))  # the error itself is a page of advice around this one
+                _exchange(stand_ins, str(error.__context__ or error))  # around the first one is a page of advice
     except Exception as error:  # a damaged file can lead to any
         raise ValueError(
             f"Expected {path} to be a checkpoint of `torch.save`, but it cannot be read: {error}"
@@ -144,7 +158,7 @@ def _exchange(stand_ins: dict[str, Any], reason: str) -> None:
         ValueError: It was something else that could not be loaded.
     """
     for name, stand_in in stand_ins.items():
-        if str(stand_in) in reason:
+        if str(stand_in) in reason and stand_in.__new__ is _Inert.__new__:  # each once, whatever a file has as names
             new: Any = (lambda cls, *args: OrderedDict()) if "SETITEM" in reason else (lambda cls, *args: [])
             stand_ins[name] = type(name, (), {"__new__": new})
             return

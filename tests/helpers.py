@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_autoclip import AutoClip
-from lightning_autoclip.clipping import _numbers, clipper
+from lightning_autoclip import AutoClip, gradients, skip
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 FORMS = ("cpu form", "accelerator form")
@@ -25,21 +24,21 @@ FORMS = ("cpu form", "accelerator form")
 
 @contextmanager
 def in_form(form: str) -> Iterator[None]:
-    """Take one of the two forms of every shortcut: the accelerators' one runs on the CPU too.
+    """Take one of the two forms of a step: an accelerator's, whose norm is read a step later, runs on the CPU too.
 
-    There, an ordinary optimizer's step is read once. Bare parameters, of which most tests of arithmetic are, are not.
+    There, an ordinary optimizer's step is read at once. Bare parameters, as in most tests of arithmetic, are not.
     """
     if form == "cpu form":
         yield
         return
-    must_be_read = clipper.must_be_read
+    needs_read = skip.needs_read
 
-    def unless_bare(nonfinite: str, optimizer: Any, *others: bool) -> bool:
-        return must_be_read(nonfinite, optimizer, *others) and (optimizer is not None or nonfinite == "raise")
+    def unless_bare(settings: Any, optimizer: Any, *others: bool) -> bool:
+        return needs_read(settings, optimizer, *others) and (optimizer is not None or settings.nonfinite == "raise")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_numbers, "reads_are_free", lambda device: False)
-        patch.setattr(clipper, "must_be_read", unless_bare)
+        patch.setattr(gradients, "can_read_later", lambda device: True)
+        patch.setattr(skip, "needs_read", unless_bare)
         yield
 
 
@@ -94,9 +93,9 @@ class Net(LightningModule):
 
 
 def assert_bit_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """The figures of every step and the record of two runs, or of two ranks of one, are the same to the bit."""
+    """The figures of every step and the norm history of two runs, or of two ranks of one, are the same to the bit."""
     assert torch.equal(first["steps"].nan_to_num(-1), second["steps"].nan_to_num(-1))
-    assert first["record"] == second["record"]
+    assert first["history"] == second["history"]
 
 
 FACTORS = [20.0 if 48 <= row < 56 else 1.0 + row // 16 for row in range(80)]  # for ten batches of `Batches`
@@ -149,7 +148,7 @@ def read_rows(path: Path) -> list[dict[str, float]]:
 
 
 def by_percentile(*args: Any, **kwargs: Any) -> AutoClip:
-    """`AutoClip` without the bound by the weights: its thresholds are those of the percentile alone."""
+    """`AutoClip` without the update-ratio limit: its thresholds are those of the percentile alone."""
     return AutoClip(*args, **{"max_update_ratio": None, **kwargs})
 
 

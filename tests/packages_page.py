@@ -50,7 +50,7 @@ def last_row(log: Path) -> dict[str, float]:
 def assert_logged(log: str | Path, clipper: GradientClipper, percentile: float = 50) -> None:
     """A logger's files, read back, end with the steps and the threshold of a run without a bound by the weights."""
     row = last_row(Path(log))
-    norms = clipper.history.recorded.numpy()
+    norms = clipper.history.values.numpy()
     assert len(norms) == min(clipper.steps, 100)
     assert row["step"] == clipper.steps - 1
     assert row["autoclip/threshold"] == pytest.approx(np.percentile(norms, percentile), rel=1e-5)
@@ -59,6 +59,6 @@ def assert_logged(log: str | Path, clipper: GradientClipper, percentile: float =
 
 def assert_goes_on(clipper: GradientClipper, first: GradientClipper) -> None:
     """A norm history begins with all that another one has seen."""
-    before = first.history.recorded.tolist()
+    before = first.history.values.tolist()
     assert clipper.history.count > first.history.count > 0
-    assert clipper.history.recorded.tolist()[: len(before)] == before
+    assert clipper.history.values.tolist()[: len(before)] == before

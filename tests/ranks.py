@@ -1,7 +1,7 @@
 """Two processes of one process group: those that work on the runs of tests, and those of ``ddp_spawn``.
 
 They rendezvous over a file in a test's folder, so that two runs of the tests on one machine cannot meet. A process that
-is through leaves by ``os._exit``: gloo's threads, which DTensors keep alive beyond the process group, may otherwise run
+is done leaves by ``os._exit``: gloo's threads, which DTensors keep alive beyond the process group, may otherwise run
 into the interpreter's finalisation and abort it.
 """
 
@@ -23,7 +23,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from processes import SERVER, TIME_LIMIT
 from torch import distributed
 
-GRACE = 60.0  # seconds in which a rank tells what became of it when the other one has failed
+GRACE = 60.0  # seconds in which a rank reports when the other one has failed
 
 
 def join_group(rank: int, store: Path) -> None:
@@ -42,9 +42,9 @@ def leave(code: int = 0) -> NoReturn:
 
 
 def _work(rank: int, store: Path, runs: Connection) -> NoReturn:
-    """What a process does: each run that it is told of, until it is told of none or one fails."""
+    """Work on the runs as they come, until `None` comes or one fails."""
     torch.set_num_threads(1)
-    os.environ["LOCAL_RANK"] = str(rank)  # tells Lightning that the processes have been started
+    os.environ["LOCAL_RANK"] = str(rank)  # Lightning then starts no processes
     os.chdir(store.parent)
     try:
         join_group(rank, store)
@@ -69,7 +69,7 @@ class TwoRanks:
     """Two processes that work on the runs of all test files, one after the other; they start at the first run.
 
     A run is a function without arguments that pickles; both ranks call it. If one fails, dies or deadlocks, the others
-    go on in two new processes.
+    continue in two new processes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -87,7 +87,7 @@ class TwoRanks:
         for name, run in table.items():
             self.runs[paths[name]] = run
             if self._processes:
-                self._tell(paths[name])
+                self._send(paths[name])
         if not self._processes:
             self._start_processes()
 
@@ -109,7 +109,7 @@ class TwoRanks:
             self._kill()
             return []
         for pipe in self._pipes:
-            with suppress(ConnectionError):  # of a process that has died the exit code tells
+            with suppress(ConnectionError):  # the process has died: its exit code says so
                 pipe.send(None)
         for process in self._processes:
             process.join(TIME_LIMIT)
@@ -128,34 +128,34 @@ class TwoRanks:
             self._processes.append(process)
             self._pipes.append(ours)
         for path in self.runs:
-            self._tell(path)
+            self._send(path)
 
-    def _tell(self, path: Path) -> None:
+    def _send(self, path: Path) -> None:
         for pipe in self._pipes:
-            with suppress(ConnectionError):  # the process has died, of which the reader of the pipe tells
+            with suppress(ConnectionError):  # the process has died, which the reader of the pipe reports
                 pipe.send((self.runs[path], path))
 
     def _wait_for_the_next(self) -> None:
-        """Wait for both ranks to be through with the run that is their next."""
-        path, waiting, told = next(iter(self.runs)), dict(zip(self._pipes, range(2), strict=True)), {}
+        """Wait for both ranks to finish their next run."""
+        path, waiting, problems = next(iter(self.runs)), dict(zip(self._pipes, range(2), strict=True)), {}
         while waiting:
-            ready = wait(list(waiting), limit := GRACE if told else TIME_LIMIT)
+            ready = wait(list(waiting), limit := GRACE if problems else TIME_LIMIT)
             for pipe in ready:
                 rank = waiting.pop(pipe)
                 if (problem := self._read(pipe, rank)) is not None:
-                    told[rank] = problem
+                    problems[rank] = problem
             if not ready:
-                told |= dict.fromkeys(waiting.values(), f"is not through after {limit:.0f} s: a deadlock?")
+                problems |= dict.fromkeys(waiting.values(), f"is not through after {limit:.0f} s: a deadlock?")
                 break
         del self.runs[path]
-        if told:
-            self.failures[path] = "\n".join(f"Rank {rank} {problem}" for rank, problem in sorted(told.items()))
+        if problems:
+            self.failures[path] = "\n".join(f"Rank {rank} {problem}" for rank, problem in sorted(problems.items()))
             self._kill()
             if self.runs:
                 self._start_processes()
 
     def _read(self, pipe: Connection, rank: int) -> str | None:
-        """What went wrong in the process that has something to say, if anything did."""
+        """What went wrong in a process that has reported, if anything did."""
         try:
             problem = pipe.recv()
         except (EOFError, ConnectionError):

@@ -1,4 +1,4 @@
-"""GradientClipping and AutoClip in a Trainer: what is refused, what is warned of, and several optimizers."""
+"""GradientClipping and AutoClip in a Trainer: what raises, what warns, and several optimizers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from lightning_autoclip import (
     Policy,
     ZScore,
 )
-from lightning_autoclip.strategies import check_precision, check_strategy
+from lightning_autoclip.lightning.strategies import check_precision, check_strategy
 
 
 def test_a_fixed_threshold_trains_as_lightnings_own_clipping():
@@ -63,43 +63,33 @@ def test_autoclip_at_100_trains_as_no_clipping_to_the_bit():
     assert torch.equal(weights(observed), weights(plain))
 
 
-def test_autoclip_is_gradient_clipping_with_a_percentile():
+def test_autoclip_is_gradient_clipping_with_a_percentile_and_defaults_that_follow_the_other_arguments():
     preset, general = Net(), Net()
     trainer(AutoClip(30, window=5, warmup_steps=2)).fit(preset, loader())
     rest = {"window": 5, "warmup_steps": 2, "max_update_ratio": 0.25}
     trainer(GradientClipping(Percentile(30), **rest)).fit(general, loader())
     assert torch.equal(weights(preset), weights(general))
-
-
-@pytest.mark.parametrize(("algorithm", "multiplier"), [("norm", 1.0), ("value", 3.0)])
-def test_the_default_multiplier_follows_the_algorithm(algorithm, multiplier):
-    assert AutoClip(gradient_clip_algorithm=algorithm).policy == Percentile(50, multiplier)
-    assert AutoClip(multiplier=2, gradient_clip_algorithm=algorithm).policy == Percentile(50, 2.0)
-
-
-def test_by_default_the_weights_bound_the_step_unless_one_only_observes():
-    ratios = [
-        AutoClip(**kwargs).settings["max_update_ratio"] for kwargs in ({}, {"percentile": 90}, {"percentile": 100})
-    ]
-    assert ratios == [0.25, 0.25, None]
-    assert AutoClip(max_update_ratio=None).settings["max_update_ratio"] is None
+    assert AutoClip().policy == Percentile(50, 1.0)
+    assert AutoClip(gradient_clip_algorithm="value").policy == Percentile(50, 3.0)
+    assert AutoClip(multiplier=2, gradient_clip_algorithm="value").policy == Percentile(50, 2.0)
+    arguments = ({"percentile": 90}, {"percentile": 100}, {"max_update_ratio": None})
+    assert [AutoClip(**each).settings["max_update_ratio"] for each in arguments] == [0.25, None, None]
     assert AutoClip(100, max_update_ratio=0.1).settings["max_update_ratio"] == 0.1
     with pytest.raises(TypeError, match="Expected `max_update_ratio` to be a number above 0"):
         AutoClip(max_update_ratio="none")
 
 
-def test_without_the_bound_and_with_all_steps_it_is_the_papers_rule_to_the_bit():
+def test_without_the_update_ratio_limit_and_with_all_steps_it_is_exactly_the_papers_method():
     class Paper(Callback):
         def __init__(self):
             self.norms = []
 
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             gradients = [p.grad for p in pl_module.parameters()]
-            norm = np.float32(math.hypot(*[float(each) for each in torch._foreach_norm(gradients)]))
-            self.norms.append(norm)
-            threshold = np.float32(np.percentile(np.array(self.norms, dtype=np.float64), 10))
-            if norm > threshold:
-                torch._foreach_mul_(gradients, float(threshold) / float(norm))
+            self.norms.append(math.hypot(*[float(each) for each in torch._foreach_norm(gradients)]))
+            threshold = float(np.percentile(self.norms, 10))
+            if self.norms[-1] > threshold:
+                torch._foreach_mul_(gradients, threshold / self.norms[-1])
 
     ours, theirs = Net(), Net()
     trainer(AutoClip(percentile=10, window=None, max_update_ratio=None), max_epochs=3).fit(ours, loader())
@@ -108,7 +98,7 @@ def test_without_the_bound_and_with_all_steps_it_is_the_papers_rule_to_the_bit()
 
 
 def test_a_policy_of_ones_own_sets_the_threshold():
-    class Median(Policy):
+    class Quarter(Policy):
         def __call__(self, history):
             return 0.25
 
@@ -118,25 +108,20 @@ def test_a_policy_of_ones_own_sets_the_threshold():
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             seen.append(math.sqrt(sum(float(p.grad.square().sum()) for p in pl_module.parameters())))
 
-    trainer(GradientClipping(Median()), After()).fit(Net(), loader(scales=[100.0]))
+    trainer(GradientClipping(Quarter()), After()).fit(Net(), loader(scales=[100.0]))
     assert seen == pytest.approx([0.25] * 16, rel=1e-5)
 
 
-def test_a_record_that_is_loaded_by_hand_is_the_one_that_training_goes_on_with():
+def test_a_history_that_is_loaded_by_hand_is_the_one_that_the_next_run_continues():
     first, second = AutoClip(), AutoClip()
     trainer(first).fit(Net(), loader())
     second.load_state_dict(first.state_dict())
     trainer(second).fit(Net(), loader())
-    assert torch.equal(second.clippers[0].history.recorded[:16], first.clippers[0].history.recorded)
-    trainer(second).fit(Net(), loader())  # a new training with the same callback begins with an empty record
-    assert second.clippers[0].history.recorded.numel() == 16
-
-
-def test_a_callback_does_not_pickle_the_model_with_it():
-    autoclip = AutoClip()
-    trainer(autoclip).fit(Net(features=4), loader())  # its optimizer is a lambda, which does not pickle
-    copy = pickle.loads(pickle.dumps(autoclip))
-    assert torch.equal(copy.clippers[0].history.recorded, autoclip.clippers[0].history.recorded)
+    assert torch.equal(second.clippers[0].history.values[:16], first.clippers[0].history.values)
+    trainer(second).fit(Net(), loader())  # a new run with the same callback begins with an empty history
+    assert len(second.clippers[0].history) == 16
+    copy = pickle.loads(pickle.dumps(second))  # without the model, whose optimizer is a lambda and does not pickle
+    assert torch.equal(copy.clippers[0].history.values, second.clippers[0].history.values)
 
 
 @pytest.mark.skipif(
@@ -180,8 +165,8 @@ def test_lightnings_own_names_of_the_algorithms_are_plain_strings_in_a_checkpoin
     assert resumed.clippers[0].steps == 32
 
 
-def test_what_a_refused_resume_has_loaded_is_not_taken_for_a_new_training(tmp_path):
-    class Refusing(Callback):
+def test_what_a_failed_resume_has_loaded_does_not_enter_a_new_run(tmp_path):
+    class Failing(Callback):
         def on_train_start(self, trainer, pl_module):
             raise ValueError("not today")
 
@@ -190,17 +175,17 @@ def test_what_a_refused_resume_has_loaded_is_not_taken_for_a_new_training(tmp_pa
     run.save_checkpoint(tmp_path / "it.ckpt")
     autoclip = AutoClip()
     with pytest.raises(ValueError, match="not today"):
-        trainer(Refusing(), autoclip, max_epochs=2).fit(Net(), loader(), ckpt_path=tmp_path / "it.ckpt")
+        trainer(Failing(), autoclip, max_epochs=2).fit(Net(), loader(), ckpt_path=tmp_path / "it.ckpt")
     trainer(autoclip).fit(Net(), loader())
     assert autoclip.clippers[0].steps == 16
 
 
 @pytest.mark.skipif(
     not RequirementCache("lightning>=2.5.3"),
-    reason="Before 2.5.3 Lightning leaves out, after the search, as many batches as the search took.",
+    reason="Before 2.5.3 Lightning skips, after the search, as many batches as the search took.",
 )
 @pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
-def test_the_learning_rate_finder_leaves_record_and_user_alone(trained):
+def test_the_learning_rate_finder_changes_no_history_and_gives_no_warning(trained):
     autoclip, model = AutoClip(), Net()
     model.lr = 0.1
     if trained:
@@ -228,7 +213,7 @@ class TwoOptimizers(OneBackward):
         self.seen[index].append(tuple(norm_of(layer.parameters()) for layer in (self.net[0], self.net[2])))
 
 
-def test_each_optimizer_has_its_own_record_and_touches_only_its_own_parameters():
+def test_each_optimizer_has_a_history_of_its_own_and_touches_only_its_own_parameters():
     class Before(Callback):
         def __init__(self) -> None:
             self.norms: list[list[tuple[float, float]]] = [[], []]
@@ -240,63 +225,53 @@ def test_each_optimizer_has_its_own_record_and_touches_only_its_own_parameters()
 
     before, autoclip, model = Before(), by_percentile(40), TwoOptimizers()
     trainer(before, autoclip).fit(model, loader(scales=[1.0, 4.0, 0.5]))
-    assert [clipper.history.recorded.numel() for clipper in autoclip.clippers] == [16, 8]
+    assert [len(clipper.history) for clipper in autoclip.clippers] == [16, 8]
     for own in (0, 1):
         raw = np.array(before.norms[own])
-        np.testing.assert_allclose(autoclip.clippers[own].history.recorded.numpy(), raw[:, own], rtol=1e-6)
+        np.testing.assert_allclose(autoclip.clippers[own].history.values.numpy(), raw[:, own], rtol=1e-6)
         for i, (was, now) in enumerate(zip(raw, model.seen[own], strict=True)):
             assert now[own] == pytest.approx(min(was[own], np.percentile(raw[: i + 1, own], 40)), rel=1e-5)
             assert now[1 - own] == was[1 - own]
 
 
-# --- refused ----------------------------------------------------------------------------------------------------------
+# --- raised at the start of fit ---------------------------------------------------------------------------------------
 
 
-def refused(match: str, *callbacks: Callback, model: Net | None = None, **kwargs: Any) -> None:
+class ClipsInItsHook(Net):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.clip_gradients(optimizer, 1.0, "norm")
+
+
+class BringsACallback(Net):
+    def configure_callbacks(self):
+        return [GradientClipping(ZScore())]
+
+
+class Twice(torch.optim.SGD):
+    def step(self, closure):
+        closure()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("match", "model", "kwargs"),
+    [
+        ("`Trainer(gradient_clip_val=1.0)` and `AutoClip` would both clip", Net, {"gradient_clip_val": 1.0}),
+        ("give `gradient_clip_algorithm` to the callback", Net, {"gradient_clip_algorithm": "value"}),
+        ("a Trainer takes one `AutoClip`. Keep one; for several thresholds use `groups`", BringsACallback, {}),
+        ("`ClipsInItsHook.configure_gradient_clipping` is overridden", ClipsInItsHook, {}),
+        ("LBFGS", partial(Net, torch.optim.LBFGS), {}),
+        ("`Twice` computes its gradients several times per step", partial(Net, partial(Twice, lr=0.1)), {}),
+    ],
+)
+def test_what_would_clip_twice_or_wrongly_raises(match, model, kwargs):
     with pytest.raises(MisconfigurationException, match=re.escape(match)):
-        trainer(*callbacks, **kwargs).fit(model or Net(), loader())
+        trainer(AutoClip(), **kwargs).fit(model(), loader())
 
 
-def test_the_trainers_own_clipping_is_refused_beside_the_callback():
-    refused("`Trainer(gradient_clip_val=1.0)` and `AutoClip` would both clip", AutoClip(), gradient_clip_val=1.0)
-    trainer(AutoClip(), gradient_clip_val=0).fit(Net(), loader())  # Lightning's way to say off
-
-
-def test_the_trainers_own_algorithm_is_refused_beside_the_callback():
-    refused("give `gradient_clip_algorithm` to the callback", AutoClip(), gradient_clip_algorithm="value")
-
-
-def test_two_clipping_callbacks_are_refused():
+def test_two_clipping_callbacks_in_the_trainer_raise_lightnings_own_error():
     with pytest.raises(RuntimeError, match="more than one stateful callback of type `GradientClipping`"):
-        trainer(AutoClip(), GradientClipping(ZScore()))  # Lightning's own check, for callbacks with one `state_key`
-
-    class Configured(Net):
-        def configure_callbacks(self):
-            return [GradientClipping(ZScore())]
-
-    refused("several clipping callbacks", AutoClip(), model=Configured())
-
-
-def test_a_module_that_clips_in_its_own_hook_is_refused():
-    class Clipping(Net):
-        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
-            self.clip_gradients(optimizer, 1.0, "norm")
-
-    refused("`Clipping.configure_gradient_clipping` is overridden", AutoClip(), model=Clipping())
-
-
-def test_lbfgs_is_refused():
-    refused("LBFGS", AutoClip(), model=Net(lambda parameters: torch.optim.LBFGS(parameters)))
-
-
-def test_an_optimizer_that_calls_its_closure_again_is_refused():
-    class Twice(torch.optim.SGD):
-        def step(self, closure):
-            closure()
-            return super().step(closure)
-
-    model = Net(lambda parameters: Twice(parameters, lr=0.1))
-    refused("`Twice` computes its gradients several times per step", AutoClip(), model=model)
+        trainer(AutoClip(), GradientClipping(ZScore()))  # they have one `state_key`
 
 
 def subclass_of(base: type) -> Any:
@@ -336,7 +311,7 @@ def test_deepspeed_clips_by_norm_only():
 
 
 @pytest.mark.parametrize("base", [object, XLAFSDPStrategy])
-def test_an_unknown_strategy_is_refused(base):
+def test_an_unknown_strategy_raises(base):
     with pytest.raises(MisconfigurationException, match=r"does not support the strategy `Custom`.*\"ddp\""):
         check_strategy(subclass_of(base), "norm")
 
@@ -359,15 +334,15 @@ def test_an_unknown_strategy_is_refused(base):
     ],
     ids=repr,
 )
-def test_a_bad_argument_is_refused_at_construction(arguments, error, name):
+def test_a_bad_argument_raises_at_construction(arguments, error, name):
     with pytest.raises(error, match=f"Expected `{name}` to be"):
         AutoClip(**arguments)
 
 
-# --- warned of --------------------------------------------------------------------------------------------------------
+# --- warnings ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_fit_that_steps_past_the_callback_ends_with_a_warning():
+def test_steps_of_the_raw_optimizer_are_warned_of():
     class Raw(TwoOptimizers):
         def training_step(self, batch, batch_idx) -> None:
             first, second = self.optimizers()
@@ -380,18 +355,18 @@ def test_a_fit_that_steps_past_the_callback_ends_with_a_warning():
 
 
 @pytest.mark.parametrize("at", [range(3, 16), [2]], ids=["diverged", "once"])
-@pytest.mark.parametrize(("nonfinite", "done"), [("skip", "left out"), ("ignore", "applied as they were")])
-def test_nonfinite_steps_are_told_of_when_they_are_logged_and_at_the_end(at, nonfinite, done):
+@pytest.mark.parametrize(("nonfinite", "done"), [("skip", "skipped"), ("ignore", "applied as they were")])
+def test_nonfinite_steps_are_warned_of_when_they_are_logged_and_at_the_end(at, nonfinite, done):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         diverging = BadBatches(dict.fromkeys(at, math.nan))
         trainer(AutoClip(nonfinite=nonfinite), log_every_n_steps=4).fit(diverging, loader())
-    told = [str(w.message) for w in caught if "NaN or an infinity" in str(w.message)]
+    found = [str(w.message) for w in caught if "had non-finite gradients (NaN or Inf)" in str(w.message)]
     logged = "1 of 4" if nonfinite == "skip" or len(at) > 1 else "2 of 4"
     total = 16 - min(at) if nonfinite == "ignore" else len(at)  # once applied, a NaN stays
     expected = [logged] if (total, logged) == (1, "1 of 4") else [logged, f"{total} of 16"]
-    assert [message.partition(" optimizer steps")[0] for message in told] == expected
-    assert all(done in message for message in told)
+    assert [message.partition(" optimizer steps")[0] for message in found] == expected
+    assert all(done in message for message in found)
 
 
 def test_an_ordinary_fit_gives_no_warning_of_ours():
@@ -401,10 +376,10 @@ def test_an_ordinary_fit_gives_no_warning_of_ours():
     assert not [str(w.message) for w in caught if "AutoClip" in str(w.message) or "lightning_autoclip" in w.filename]
 
 
-# --- steps that are none, or not finite -------------------------------------------------------------------------------
+# --- steps that are none, or non-finite -------------------------------------------------------------------------------
 
 
-def test_averaging_of_batchnorm_statistics_records_nothing():
+def test_averaging_of_batchnorm_statistics_is_no_step():
     class Normed(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -412,25 +387,27 @@ def test_averaging_of_batchnorm_statistics_records_nothing():
 
     autoclip = AutoClip()
     trainer(autoclip, StochasticWeightAveraging(0.05, swa_epoch_start=1), max_epochs=3).fit(Normed(), loader())
-    assert autoclip.clippers[0].history.recorded.numel() == 3 * 16  # the pass over the data at the end takes no step
+    assert len(autoclip.clippers[0].history) == 3 * 16  # the pass over the data at the end takes no step
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize("at", [0, 5, 15], ids=["first", "middle", "last"])
+@pytest.mark.parametrize(("at", "bad"), [(0, math.nan), (5, math.inf), (15, math.nan)], ids=["first", "middle", "last"])
 def test_a_bad_batch_is_skipped_as_if_it_had_not_been_there(bad, at):
     spoiled, without = BadBatches({at: bad}), WithoutLoss([at])
     callbacks = [AutoClip(), AutoClip()]
     for model, callback in zip((spoiled, without), callbacks, strict=True):
         trainer(callback).fit(model, loader())
     assert torch.equal(weights(spoiled), weights(without))
-    assert torch.equal(*(callback.clippers[0].history.recorded for callback in callbacks))
-    assert [callback.clippers[0].nonfinite_total for callback in callbacks] == [1, 0]
+    assert torch.equal(*(callback.clippers[0].history.values for callback in callbacks))
+    assert [callback.clippers[0].nonfinite_steps for callback in callbacks] == [1, 0]
 
 
 def test_raise_names_step_batch_and_parameters():
+    clipping = AutoClip(nonfinite="raise")
     where = r"At optimizer step 19 \(epoch 1, batch 3\): .* is nan: .* of 1 of 4 parameters\. They are: net\.2\.bias\."
     with pytest.raises(NonFiniteGradientError, match=where):
-        trainer(AutoClip(nonfinite="raise"), max_epochs=2).fit(NaNInLastBias(1, 3), loader())
+        trainer(clipping, max_epochs=2).fit(NaNInLastBias(1, 3), loader())
+    assert clipping.clippers[0].steps == 19  # the step that raises is not made
+    assert all(row["skipped"] == "" for row in clipping.spikes())
 
 
 def test_raise_names_the_step_of_the_loggers_and_all_batches_of_an_accumulation():

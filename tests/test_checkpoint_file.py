@@ -94,29 +94,21 @@ class Tags(set):
 
 OBJECTS: dict[str, Any] = {
     "a bomb": lambda: Bomb(),
-    "a bomb of code": lambda: Bomb("code"),
-    "a bomb as a key": lambda: {Shape(1, 2): Bomb()},
+    "a bomb of code as a key": lambda: {Shape(1, 2): Bomb("code")},
     "a dataclass": lambda: Encoder(),
-    "a class with a state": lambda: Config(),
-    "a class itself": lambda: Config,
+    "a class with a state, and itself": lambda: [Config(), Config],
     "slots": lambda: Slotted(),
     "a state of its own": lambda: WithState(),
-    "an array": lambda: Encoder(table=np.arange(6.0).reshape(2, 3)),
-    "an array of objects": lambda: Encoder(table=np.array([Encoder(), None], dtype=object)),
-    "a scalar": lambda: np.float64(0.5),
-    "a dtype": lambda: np.dtype("float32"),
+    "arrays": lambda: [np.arange(6.0).reshape(2, 3), np.array([Encoder(), None], dtype=object)],
+    "a scalar and a dtype": lambda: [np.float64(0.5), np.dtype("float32")],
     "an ordered dict of its own": lambda: Registry(a=1, b=Encoder()),
     "a list of its own": lambda: [Words(["a", "b"]), Words(["c"])],
     "a set of its own": lambda: Tags({"a", "b"}),
-    "an enum": lambda: [Kind.FIRST, Kind.SECOND],
-    "an enum within a class": lambda: Config.Mode.TRAIN,
+    "enums": lambda: [Kind.FIRST, Kind.SECOND, Config.Mode.TRAIN],
     "a path": lambda: Path("data"),
-    "a deque": lambda: deque([1, 2], maxlen=3),
-    "a default dict": lambda: defaultdict(list, a=[1]),
-    "a counter": lambda: Counter("abba"),
-    "a partial": lambda: partial(torch.optim.SGD, lr=0.1),
+    "collections": lambda: [deque([1, 2], maxlen=3), defaultdict(list, a=[1]), Counter("abba")],
+    "a partial and a function": lambda: [partial(torch.optim.SGD, lr=0.1), torch.nn.functional.relu],
     "a module": lambda: nn.Sequential(nn.Linear(3, 2), nn.ReLU()),
-    "a function": lambda: torch.nn.functional.relu,
     "an odd tensor": lambda: torch.eye(3).to_sparse(),
     "a device and a size": lambda: [torch.device("cpu"), torch.Size([1, 2]), torch.float16, slice(1, 2), 1j, b"bytes"],
 }
@@ -193,6 +185,16 @@ def test_a_class_that_cannot_be_stood_in_for_is_named(capsys):
     assert not Path("exploded").exists()
 
 
+def test_a_file_cannot_have_it_tried_for_ever(capsys):
+    name = b"<class 'lightning_autoclip.checkpoint.test_checkpoint_file.Config'>"
+    saved([Config, Encoder])
+    with zipfile.ZipFile("run.ckpt") as old, zipfile.ZipFile("bad.ckpt", "w") as new:
+        for entry in old.namelist():
+            data = old.read(entry)
+            new.writestr(entry, data.replace(b"ctest_checkpoint_file\nEncoder\n", b"cos\n" + name + b"\n"))
+    assert "whose module os is blocked" in error_of(capsys, "bad.ckpt")
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -230,10 +232,31 @@ def test_a_checkpoint_of_a_run_without_the_callback_is_named_as_one(capsys):
     assert "was written without `AutoClip` or `GradientClipping`" in error_of(capsys, "other.ckpt")
 
 
-@pytest.mark.parametrize("state", [{"scopes": {}}, {"scopes": {"a": 1}, "settings": {}}, [1], Encoder()], ids=str)
-def test_a_state_that_is_none_of_ours_is_damaged(state, capsys):
-    torch.save({"pytorch-lightning_version": "2.6", "callbacks": {"GradientClipping": state}}, "other.ckpt")
-    assert "is damaged" in error_of(capsys, "other.ckpt")
+def with_group(state: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    group = state["groups"]["autoclip/"]
+    return {**state, "groups": {"autoclip/": {**group, key: value}}}
+
+
+STATES: dict[str, Any] = {
+    "without keys": lambda state: {"groups": {}},
+    "a list": lambda state: [1],
+    "a foreign object": lambda state: Encoder(),
+    "another version": lambda state: {**state, "version": 7},
+    "settings without the policy": lambda state: {**state, "settings": {"window": 7}},
+    "a number for a group": lambda state: {**state, "groups": {"autoclip/": 1}},
+    "a list for a log": lambda state: with_group(state, "log", [1]),
+    "a foreign clipper": lambda state: with_group(state, "clipper", Encoder()),
+    "a log whose largest steps are numbers": lambda state: with_group(
+        state, "log", {**state["groups"]["autoclip/"]["log"], "largest": [1, 2]}
+    ),
+}
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_a_state_that_is_none_of_ours_is_one_clear_line(state, capsys):
+    sound = trained()[1].state_dict()
+    torch.save({"pytorch-lightning_version": "2.6", "callbacks": {"AutoClip": state(sound)}}, "other.ckpt")
+    assert "The norm history in other.ckpt cannot be read" in error_of(capsys, "other.ckpt")
 
 
 def old_format(path: str) -> None:
@@ -255,16 +278,16 @@ FILES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("command", ["report", "suggest"])
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_no_checkpoint_is_one_clear_line(capsys, command, name):
+def test_a_file_that_is_no_checkpoint_is_one_clear_line(capsys, name):
     write, message = FILES[name]
     write(name)
-    assert message in error_of(capsys, name, command)
+    for command in ("report", "suggest"):
+        assert message in error_of(capsys, name, command)
     assert not Path("exploded").exists()
 
 
-@pytest.mark.parametrize("part", [0.0, 0.01, 0.3, 0.6, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9, 0.999])
 def test_a_truncated_file_is_one_clear_line(capsys, part):
     saved(Encoder())
     whole = Path("run.ckpt").read_bytes()
@@ -275,10 +298,10 @@ def test_a_truncated_file_is_one_clear_line(capsys, part):
 def test_a_file_with_other_bytes_is_a_report_or_one_clear_line(capsys):
     saved(Encoder())
     whole, random, reports = Path("run.ckpt").read_bytes(), Random(0), 0
-    for _ in range(150):
+    for _ in range(100):
         at = random.randrange(len(whole))
         Path("run.ckpt").write_bytes(whole[:at] + random.randbytes(random.choice([1, 4, 30])) + whole[at + 4 :])
         reports += (code := main(["report", "run.ckpt"])) == 0
         said = capsys.readouterr()
         assert code == 0 or (said.out == "" and len(said.err.splitlines()) == 1), said
-    assert reports < 150
+    assert reports < 100

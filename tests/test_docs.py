@@ -10,12 +10,11 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
-import test_architecture
 import yaml
 
 import lightning_autoclip
 from lightning_autoclip.__main__ import main
-from lightning_autoclip.monitoring.recorder import Recorder
+from lightning_autoclip.steplog import StepLog
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("**/*.md"))
@@ -91,19 +90,14 @@ def test_python_stands_only_in_blocks_that_are_run(page):
     assert all(language == "" for *_, language in fences[1::2])
 
 
-def test_every_public_name_is_in_the_api_page():
-    named = re.findall(r"^::: lightning_autoclip\.(\S+)$", API, re.MULTILINE)
+def test_the_api_page_has_every_public_name_once_and_what_it_names_exists():
+    named = re.findall(r"^::: (\S+)$", API, re.MULTILINE)
     assert len(named) == len(set(named))
-    assert {name for name in named if "." not in name} == set(lightning_autoclip.__all__)
-
-
-def test_the_api_page_names_what_exists():
-    for name in re.findall(r"^::: (\S+)$", API, re.MULTILINE):
+    for name in named:
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
-
-
-def test_members_that_the_api_page_asks_for_exist():
+    public = {f"lightning_autoclip.{name}" for name in lightning_autoclip.__all__}
+    assert {name for name in named if name.count(".") == 1} == public
     blocks = re.findall(r"^::: lightning_autoclip\.(\w+)\n(?: .*\n)*? +members: \[(.*)\]$", API, re.MULTILINE)
     assert blocks
     for name, members in blocks:
@@ -122,26 +116,13 @@ def test_the_api_page_shows_the_options_of_the_command_line(command, capsys):
 
 def test_the_api_page_lists_the_logged_keys():
     listed = set(re.findall(r"^\| `(autoclip/\w+(?:/\w+)*)`", API, re.MULTILINE))
-    recorder = Recorder("autoclip/", by_value=True, every_step=True, skips=True)
-    recorder.max_update_ratio = 0.25
-    assert listed == set(recorder.keys)
-
-
-def test_the_architecture_page_has_the_rooms_in_their_order():
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    rooms = re.findall(r"^\| `([\w/]+)\.py`|^\| +\| \*nothing above (this) line", page, re.MULTILINE)
-    expected = [
-        *test_architecture.WITHOUT_LIGHTNING,
-        "this",
-        *test_architecture.ROOMS[len(test_architecture.WITHOUT_LIGHTNING) :],
-    ]
-    assert [room.replace("/", ".") or line for room, line in rooms] == [
-        room for room in expected if room not in ("clipping", "monitoring", "lightning_autoclip")
-    ] + ["__init__"]
+    log = StepLog("autoclip/", by_value=True, skips_outliers=True)
+    log.max_update_ratio, log.step_rows = 0.25, []
+    assert listed == set(log.keys)
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML whose tags, which only mkdocs knows, are left out."""
+    """YAML without the tags, which only mkdocs knows."""
 
 
 _Plain.add_multi_constructor("", lambda loader, suffix, node: None)

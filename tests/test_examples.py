@@ -138,7 +138,7 @@ def test_a_sweep_on_this_machine_ranks_percentiles_and_leaves_a_run_of_each(tmp_
     assert (best, worst) == ("50", "100")  # one target in 300 is far off
     assert 10 * float(least) < float(most)
     runs = read_runs(tmp_path / "runs" / "sweep")
-    policies = [run.config["lightning_autoclip"]["policy"]["percentile"] for run in runs]
+    policies = [run.config["lightning_autoclip"]["percentile"] for run in runs]
     assert sorted(policies) == [50, 100]
     (pattern,) = re.findall(r"(?m)^send to W&B: wandb sync (.+)$", output)
     assert len(list(tmp_path.glob(pattern))) == 2

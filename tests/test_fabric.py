@@ -44,7 +44,7 @@ def loss_of(model: nn.Module, rows: Tensor, step: int) -> Tensor:
 
 
 def formula(algorithm: str) -> tuple[Tensor, list[float]]:
-    """The weights and thresholds of the paper's rule, of numpy and torch's own clipping."""
+    """The weights and thresholds of the paper's method, of numpy and torch's own clipping."""
     model, measured, thresholds = new_model(), [], []
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(STEPS):
@@ -60,7 +60,7 @@ def formula(algorithm: str) -> tuple[Tensor, list[float]]:
 
 
 @ALGORITHMS
-@pytest.mark.parametrize("target", ["optimizer", "parameters", "generator", "scaler", "unscaled by the user"])
+@pytest.mark.parametrize("target", ["optimizer", "generator", "scaler", "unscaled by the user"])
 def test_a_bare_loop_takes_the_steps_of_numpys_percentile_and_torchs_own_clipping(algorithm, target):
     model, thresholds = new_model(), []
     optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -73,11 +73,7 @@ def test_a_bare_loop_takes_the_steps_of_numpys_percentile_and_torchs_own_clippin
         scaler.scale(loss_of(model, batch(step), step)).backward()
         if target == "unscaled by the user":
             scaler.unscale_(optimizer)
-        record = {
-            "optimizer": lambda: clipper.clip_(optimizer),
-            "parameters": lambda: clipper.clip_(list(model.parameters())),
-            "generator": lambda: clipper.clip_(model.parameters()),
-        }.get(target, lambda: clipper.clip_(optimizer, scaler))()
+        record = clipper.clip_(*([model.parameters()] if target == "generator" else [optimizer, scaler]))
         scaler.step(optimizer)
         scaler.update()
         thresholds.append(record.threshold)
@@ -86,8 +82,7 @@ def test_a_bare_loop_takes_the_steps_of_numpys_percentile_and_torchs_own_clippin
     torch.testing.assert_close(weights(model), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
-@pytest.mark.parametrize("scaled", [False, True], ids=["no scaler", "scaler"])
+@pytest.mark.parametrize(("fused", "scaled"), [(False, False), (True, False), (True, True)])
 def test_a_bare_loop_resumed_from_a_file_takes_the_steps_of_an_uninterrupted_one(fused, scaled, tmp_path):
     def train(start: int, stop: int, states: dict[str, Any] | None = None) -> tuple[dict[str, Any], Tensor]:
         model = new_model()
@@ -107,11 +102,8 @@ def test_a_bare_loop_resumed_from_a_file_takes_the_steps_of_an_uninterrupted_one
     torch.save(train(0, 5)[0], tmp_path / "half.pt")
     resumed, resumed_weights = train(5, STEPS, torch.load(tmp_path / "half.pt", weights_only=True))
     whole, whole_weights = train(0, STEPS)
-    assert whole["clipper"]["nonfinite_total"] == 1
+    assert (whole["clipper"]["steps"], whole["clipper"]["nonfinite_steps"]) == (STEPS, 1)
     assert torch.equal(resumed_weights, whole_weights)
-    history, expected = resumed["clipper"].pop("history"), whole["clipper"].pop("history")
-    assert torch.equal(history["values"], expected["values"])
-    assert torch.equal(resumed["clipper"].pop("weight_norms"), whole["clipper"].pop("weight_norms"))
     assert resumed["clipper"] == whole["clipper"]
 
 
@@ -156,15 +148,7 @@ def train(
 ) -> dict[str, Any]:
     """Train as Fabric's guide does, this process on its share of the rows; return what it saw.
 
-    Args:
-        fabric: One that has been launched.
-        algorithm: Clip by norm or by value.
-        start: First batch.
-        stop: The batch after the last one.
-        bad: The batch whose last row, which the last rank has, is a NaN.
-        accumulate: Batches per step.
-        save: Where to save everything at the end.
-        load: What to load before the first step.
+    The last row of batch ``bad``, which the last rank has, is a NaN.
     """
     model = fabric.setup(new_model())
     optimizer: Optimizer = fabric.setup_optimizers(SGD(model.parameters(), lr=0.05, momentum=0.9))
@@ -188,7 +172,7 @@ def train(
             record = clipper.clip_(optimizer, scaler)
             optimizer.step()
             optimizer.zero_grad()
-            steps.append([float(record.norm), float(record.threshold), float(record.nonfinite_total)])
+            steps.append([float(record.norm), float(record.threshold), clipper.nonfinite_steps])
     if save:
         rest = {"clipper": clipper.state_dict()} | ({"scaler": scaler.state_dict()} if scaler else {})
         fabric.save(save, state | rest)
@@ -204,13 +188,12 @@ def one_process(scaler: torch.amp.GradScaler | None = None) -> Fabric:
 
 
 def assert_equal(first: dict[str, Any], second: dict[str, Any]) -> None:
-    """To the bit."""
+    """Bit for bit."""
     assert torch.equal(first["steps"].nan_to_num(-1), second["steps"].nan_to_num(-1))
     assert torch.equal(first["weights"], second["weights"])
 
 
-@ALGORITHMS
-@pytest.mark.parametrize("scaled", [False, True], ids=["no scaler", "scaler"])
+@pytest.mark.parametrize(("algorithm", "scaled"), [("value", False), ("norm", True)])
 def test_a_resumed_fabric_run_takes_the_steps_of_an_uninterrupted_one(algorithm, scaled, tmp_path):
     def run(**kwargs: Any) -> dict[str, Any]:
         return train(one_process(torch.amp.GradScaler("cpu") if scaled else None), algorithm, **kwargs)
@@ -235,7 +218,7 @@ def interrupted(strategy: str, path: Path) -> list[dict[str, Any]]:
     return [on_two(strategy, stop=5, save=path), on_two(strategy, start=5, load=path)]
 
 
-def refused() -> str:
+def raising() -> str:
     with pytest.raises(ValueError, match="Shard with") as error:
         on_two("FSDP1")
     return str(error.value)
@@ -247,7 +230,7 @@ def ranks(two_ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fabric")
     runs = {f"{name} {case}": partial(on_two, name, **CASES[case]) for name in STRATEGIES for case in CASES}
     runs |= {f"{name} interrupted": partial(interrupted, name, folder / f"{name}.ckpt") for name in STRATEGIES}
-    return two_ranks.start(runs | {"FSDP1": refused})
+    return two_ranks.start(runs | {"FSDP1": raising})
 
 
 @pytest.mark.distributed
@@ -272,5 +255,5 @@ def test_two_resumed_processes_of_fabric_take_the_steps_of_uninterrupted_ones(st
 
 
 @pytest.mark.distributed
-def test_fsdp1_without_its_shards_is_refused_rather_than_clipped_at_two_thresholds(ranks):
-    assert ["Shard with `fully_shard` (FSDP2)" in refusal for refusal in ranks("FSDP1")] == [True, True]
+def test_fsdp1_without_its_shards_raises_rather_than_being_clipped_at_two_thresholds(ranks):
+    assert ["Shard with `fully_shard` (FSDP2)" in error for error in ranks("FSDP1")] == [True, True]

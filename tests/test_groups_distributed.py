@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
 from helpers import FACTORS, Batches, Net, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from test_groups import KEYS, LAYERS, Watch, autoclip, records
+from test_groups import KEYS, LAYERS, Watch, autoclip, histories
 from test_sharded import FSDP2, STRATEGIES
 from torch import distributed
 from torch.optim import SGD
@@ -18,7 +18,7 @@ from torch.optim import SGD
 pytestmark = pytest.mark.distributed
 BIASES = {"biases": "*.bias"}  # under FSDP1 the first rank holds none of them
 FSDP1 = "FSDP1 FULL_SHARD original"
-RUNS = {f"{name} {algorithm}": (name, algorithm) for name in ("DDP", "FSDP2", FSDP1) for algorithm in ("norm", "value")}
+RUNS = {"DDP value": ("DDP", "value"), "FSDP2 norm": ("FSDP2", "norm"), "FSDP1 value": (FSDP1, "value")}
 REDUCTIONS: list[str] = []  # of this process
 
 
@@ -48,8 +48,8 @@ def train(net=Net, strategy="auto", algorithm="norm", groups=BIASES):
     run = trainer(before, callback, after, watch, max_epochs=2, strategy=strategy, devices=devices, **options)
     run.fit(net(lambda parameters: SGD(parameters, lr=0.02, momentum=0.9)), datamodule=Batches(FACTORS))
     reductions = [after - before for before, after in zip(before.seen, after.seen, strict=True)]
-    names = [trace.names for trace in callback.traces.values()]
-    return {"steps": watch.steps, "records": records(callback), "names": names, "reductions": reductions}
+    names = [log.names for log in callback.logs.values()]
+    return {"steps": watch.steps, "histories": histories(callback), "names": names, "reductions": reductions}
 
 
 def counting_reductions(*args, **kwargs):
@@ -81,14 +81,9 @@ def ranks(two_ranks):
     return two_ranks.start({run: partial(on_two, run) for run in RUNS} | {"frozen": frozen})
 
 
-@cache
-def on_one(algorithm):
-    return train(algorithm=algorithm)
-
-
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_decide_alike_and_as_one_on_the_same_global_batches(run, ranks):
-    (first, second), one = ranks(run), on_one(RUNS[run][1])
+    (first, second), one = ranks(run), train(algorithm=RUNS[run][1])
     assert repr(first) == repr(second)
     assert first["names"] == one["names"] == [["net.0.weight", "net.2.weight"], ["net.0.bias", "net.2.bias"]]
     assert len(first["steps"]) == len(one["steps"]) == 20
@@ -98,17 +93,13 @@ def test_two_processes_decide_alike_and_as_one_on_the_same_global_batches(run, r
     assert any(step["autoclip/biases/grad_norm"] > step["autoclip/biases/threshold"] for step in first["steps"])
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if run.endswith("norm")])
-def test_one_collective_serves_all_groups_of_a_step_where_gradients_are_shared(run, ranks):
-    assert [seen["reductions"] for seen in ranks(run)] == [[0 if run.startswith("DDP") else 1] * 20] * 2
+def test_one_collective_serves_all_groups_of_a_step_where_gradients_are_shared(ranks):
+    assert [ranks(run)[0]["reductions"] for run in ("DDP value", "FSDP2 norm")] == [[0] * 20, [1] * 20]
 
 
-def test_a_frozen_group_of_shared_gradients_records_no_step(ranks):
+def test_a_frozen_group_of_shared_gradients_makes_no_step(ranks):
     first, second = ranks("frozen")
     assert repr(first) == repr(second)
-    assert [first["records"][key][1:] for key in KEYS] == [(0, 0), (20, 0)]
-    for step in first["steps"]:  # its keys are there from the start, without a number
-        assert {key for key, value in step.items() if math.isfinite(value)} == {
-            "autoclip/rest/grad_norm",
-            "autoclip/rest/threshold",
-        }
+    assert [first["histories"][key][1:] for key in KEYS] == [(0, 0), (20, 0)]
+    for step in first["steps"]:
+        assert [key for key in step if math.isfinite(step[key])] == [f"{KEYS[1]}grad_norm", f"{KEYS[1]}threshold"]

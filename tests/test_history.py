@@ -1,7 +1,8 @@
-"""RunningPercentile against numpy."""
+"""History and RunningPercentile against numpy."""
 
 from __future__ import annotations
 
+import copy
 import math
 
 import matplotlib as mpl
@@ -15,55 +16,125 @@ from torchmetrics import MetricCollection
 
 from lightning_autoclip import History, RunningPercentile
 
-NORMS = st.floats(2**-20, 2**20, width=32)
-ANY = st.one_of(NORMS, st.sampled_from([math.nan, math.inf, -math.inf, 1.0, 2.0]))
+NORMS = st.one_of(st.floats(2**-20, 2**20, width=32), st.sampled_from([1.0, 2.0, 3.0]))  # with ties
+ANY = st.one_of(NORMS, st.sampled_from([math.nan, math.inf, -math.inf]))
 WINDOWS = st.one_of(st.none(), st.integers(1, 12))
-PERCENTILES = st.one_of(st.sampled_from([0, 100, 50, 10]), st.floats(1, 100))
+PERCENTILES = st.one_of(st.sampled_from([0.0, 100.0, 50.0, 10.0]), st.floats(0, 100))
+CURRENT = {"float": float, "tensor": torch.tensor}  # the current norm: on the host, on an accelerator
 
 
-def kept(values: list[float], window: int | None) -> np.ndarray:
+def counted(values: list[float], window: int | None) -> np.ndarray:
     finite = [value for value in values if math.isfinite(value)]
-    return np.array(finite if window is None else finite[-window:])
+    return np.array(finite if window is None else finite[-window:], dtype=np.float64)
 
 
-@pytest.mark.parametrize("which", FORMS)
-@settings(deadline=None, max_examples=200)
-@given(values=st.lists(ANY, min_size=1, max_size=40), percentile=PERCENTILES, window=WINDOWS)
-def test_percentile_agrees_with_numpy_at_every_step(which, values, percentile, window):
+def assert_as_numpy(view, norms: np.ndarray, percentile: float) -> None:
+    assert float(view.percentile(percentile)) == pytest.approx(np.percentile(norms, percentile), rel=1e-6)
+    assert float(view.mean()) == pytest.approx(np.mean(norms), rel=1e-6)
+    # A deviation from the mean is known as well as the norms are, in float32.
+    assert float(view.std()) == pytest.approx(np.std(norms), rel=1e-6, abs=1e-6 * norms.max())
+
+
+@pytest.mark.parametrize("kind", CURRENT)
+@settings(deadline=None, max_examples=100)
+@given(norms=st.lists(NORMS, min_size=1, max_size=40), percentile=PERCENTILES, window=WINDOWS)
+def test_the_history_with_and_without_the_current_norm_agrees_with_numpy(kind, norms, percentile, window):
+    history = History(window)
+    for i, norm in enumerate(norms):
+        view = history.with_current(CURRENT[kind](norm))
+        assert isinstance(view.percentile(percentile), float if kind == "float" else torch.Tensor)
+        assert_as_numpy(view, counted(norms[: i + 1], window), percentile)
+        assert (history.count, len(history)) == (i, min(i, window or i))  # the current norm is not appended
+        history.append(norm)
+        assert history.values.tolist() == counted(norms[: i + 1], window).tolist()
+        assert_as_numpy(history, counted(norms[: i + 1], window), percentile)
+
+
+@pytest.mark.parametrize("kind", CURRENT)
+@pytest.mark.parametrize("window", [3, 1500, None], ids=["3", "1500", "full history"])
+def test_long_series_of_copies_agree_with_numpy_and_leave_each_original_unchanged(kind, window):
+    """As at each commit: a copy is appended to, and takes the place of the original."""
+    norms = np.random.default_rng(0).lognormal(0, 2, 6000).astype(np.float32).astype(np.float64).tolist()
+    history = History(window)
+    for i, norm in enumerate(norms):
+        other = copy.copy(history)
+        other.append(norm)
+        assert (history.count, other.count) == (i, i + 1)
+        if i and i % 700 in (0, 1, 2, 699):  # between them, the order is not asked for
+            assert_as_numpy(history.with_current(CURRENT[kind](norm)), counted(norms[: i + 1], window), 10)
+            for one in (history, other, history):
+                assert one.values.tolist() == counted(norms[: one.count], window).tolist()
+                assert_as_numpy(one, counted(norms[: one.count], window), 30)
+        history = other
+
+
+def test_without_norms_there_is_no_percentile_mean_or_deviation():
+    history = History()
+    history.extend([math.nan, math.inf])
+    assert [math.isnan(each) for each in (history.percentile(50), history.mean(), history.std())] == [True] * 3
+    view = history.with_current(3.0)
+    assert (view.percentile(10), view.mean(), view.std()) == (3, 3, 0)
+
+
+@settings(deadline=None)
+@given(
+    before=st.lists(NORMS, max_size=20),
+    after=st.tuples(st.lists(NORMS, min_size=1, max_size=20), st.lists(NORMS, min_size=1, max_size=20)),
+    window=WINDOWS,
+)
+def test_copies_that_are_appended_to_in_turn_are_independent(before, after, window):
+    history = History(window)
+    history.extend(before)
+    states = [(history, list(before)), (copy.copy(history), list(before)), (copy.copy(history), list(before))]
+    for each in zip(*after, strict=False):
+        for (one, norms), norm in zip(states[1:], each, strict=True):
+            one.append(norm)
+            norms.append(norm)
+        for one, norms in states:
+            assert (one.values.tolist(), one.count) == (counted(norms, window).tolist(), len(norms))
+            if norms:
+                assert_as_numpy(one, counted(norms, window), 30)
+
+
+@settings(deadline=None)
+@given(norms=st.lists(NORMS, max_size=30), more=st.lists(NORMS, max_size=5), windows=st.tuples(WINDOWS, WINDOWS))
+def test_a_state_is_restored_with_the_newest_norms_that_the_window_holds(norms, more, windows):
+    saved, restored = (History(window) for window in windows)
+    saved.extend(norms)
+    restored.load_state_dict(saved.state_dict())
+    restored.extend(more)
+    assert restored.count == len(norms) + len(more)
+    assert restored.values.tolist() == counted([*counted(norms, windows[0]), *more], windows[1]).tolist()
+
+
+# --- the metric -------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    values=st.lists(st.tuples(ANY, st.sampled_from(FORMS)), min_size=1, max_size=40),
+    percentile=st.one_of(st.just(0), st.floats(1, 100)),
+    window=WINDOWS,
+)
+def test_the_metric_agrees_with_numpy_at_every_step_whatever_its_device(values, percentile, window):
     metric = RunningPercentile(percentile, window)
-    for i, value in enumerate(values):
-        with in_form(which):
+    for i, (value, form) in enumerate(values):
+        with in_form(form):
             metric.update(torch.tensor(value))
             result = metric.compute()
-        expected = kept(values[: i + 1], window)
+        expected = counted([value for value, _ in values[: i + 1]], window)
+        assert result.dtype == torch.float32
         if expected.size:
             assert result.item() == pytest.approx(np.percentile(expected, percentile), rel=1e-6)
         else:
             assert result.isnan()
-        np.testing.assert_array_equal(metric.recorded.numpy(), expected.astype(np.float32))
-
-
-@settings(deadline=None)
-@given(values=st.lists(ANY, min_size=1, max_size=40), window=WINDOWS, switch=st.integers(0, 40))
-def test_a_record_that_moves_between_devices_goes_on(values, window, switch):
-    """The two forms keep one and the same state, so that a record can go from an accelerator to the CPU and back."""
-    metric, reference = RunningPercentile(50, window), RunningPercentile(50, window)
-    for i, value in enumerate(values):
-        reference.update(torch.tensor(value))
-        with in_form(FORMS[(i < switch) ^ (i % 5 == 0)]):
-            metric.update(torch.tensor(value))
-        assert torch.equal(metric.recorded, reference.recorded)
-        assert metric.history.count == reference.history.count
-        for percentile in (0, 33.3, 100):
-            assert float(metric.history.percentile(percentile)) == pytest.approx(
-                reference.history.percentile(percentile), rel=1e-6, nan_ok=True
-            )
+        assert metric.values.tolist() == expected.tolist()
 
 
 @settings(deadline=None, max_examples=100)
-@given(st.lists(ANY, max_size=30), st.lists(ANY, max_size=30), st.lists(ANY, max_size=30), PERCENTILES, WINDOWS)
-def test_extend_is_update_for_each_value(before, bulk, after, percentile, window):
-    one_by_one, at_once = RunningPercentile(percentile, window), RunningPercentile(percentile, window)
+@given(st.lists(ANY, max_size=30), st.lists(ANY, max_size=30), st.lists(ANY, max_size=30), WINDOWS)
+def test_extend_is_update_for_each_value(before, bulk, after, window):
+    one_by_one, at_once = RunningPercentile(30, window), RunningPercentile(30, window)
     for value in [*before, *bulk, *after]:
         one_by_one.update(value)
     for value in before:
@@ -71,19 +142,8 @@ def test_extend_is_update_for_each_value(before, bulk, after, percentile, window
     at_once.extend(torch.tensor(bulk))
     for value in after:
         at_once.update(value)
-    assert torch.equal(one_by_one.recorded, at_once.recorded)
+    assert torch.equal(one_by_one.values, at_once.values)
     assert torch.equal(one_by_one.compute().nan_to_num(-1.0), at_once.compute().nan_to_num(-1.0))
-
-
-@pytest.mark.parametrize("window", [1024, 1500, None], ids=str)
-def test_the_record_grows_past_its_first_capacity(form, window):
-    values = np.random.default_rng(0).lognormal(0, 2, 3000).astype(np.float32)
-    metric = RunningPercentile(10, window)
-    for value in values:
-        metric.update(torch.tensor(value))
-    expected = kept(values.tolist(), window)
-    assert metric.compute().item() == pytest.approx(np.percentile(expected.astype(np.float64), 10), rel=1e-6)
-    np.testing.assert_array_equal(metric.recorded.numpy(), expected.astype(np.float32))
 
 
 def test_a_million_values_are_exact():
@@ -92,45 +152,38 @@ def test_a_million_values_are_exact():
     metric.extend(torch.from_numpy(values[:-1]))
     metric.update(torch.tensor(values[-1]))
     assert metric.compute().item() == pytest.approx(np.percentile(values.astype(np.float64), 33.3), rel=1e-6)
+    for percentile, extreme in ((0, values.min()), (100, values.max())):
+        assert metric.history.percentile(percentile) == extreme  # to the bit
 
 
-@pytest.mark.parametrize("percentile", [0, 100])
-def test_the_extremes_are_recorded_values_to_the_bit(percentile):
-    values = np.random.default_rng(1).lognormal(0, 3, 500).astype(np.float32)
-    metric = RunningPercentile(percentile, None)
-    metric.extend(torch.from_numpy(values))
-    assert metric.compute().item() == (values.max() if percentile else values.min())
-
-
-def test_reset_forgets_everything():
+def test_reset_forgets_everything(form):
     metric = RunningPercentile(50, 3)
     for value in (5.0, 6.0, 7.0, 8.0):
-        metric.update(value)
+        metric.update(torch.tensor(value))
     metric.reset()
     metric.update(1.0)
     assert metric.compute() == 1.0
-    assert metric.recorded.tolist() == [1.0]
+    assert metric.values.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("window", [3, None], ids=str)
-def test_compute_is_not_stale_after_an_update(window):
-    metric = RunningPercentile(100, window)
-    metric.update(1.0)
+def test_compute_is_not_stale_after_an_update(form):
+    metric = RunningPercentile(100)
+    metric.update(torch.tensor(1.0))
     assert metric.compute() == 1.0
     metric.extend(torch.tensor([2.0]))
     assert metric.compute() == 2.0
-    metric.update(3.0)
+    metric.update(torch.tensor(3.0))
     assert metric.compute() == 3.0
 
 
-def test_forward_returns_the_value_of_its_argument_and_records_it():
+def test_forward_returns_the_value_of_its_argument_and_appends_it():
     metric = RunningPercentile(50, 3)
     assert [metric(value).item() for value in (4.0, 1.0, 3.0, 2.0)] == [4.0, 1.0, 3.0, 2.0]
     assert metric.compute() == 2.0
-    assert metric.recorded.tolist() == [1.0, 3.0, 2.0]
+    assert metric.values.tolist() == [1.0, 3.0, 2.0]
 
 
-def test_a_record_that_is_not_persistent_is_neither_saved_nor_missed():
+def test_values_that_are_not_persistent_are_neither_saved_nor_missed():
     metric, other = RunningPercentile(50), RunningPercentile(50)
     metric.persistent(False)
     other.persistent(False)
@@ -140,28 +193,62 @@ def test_a_record_that_is_not_persistent_is_neither_saved_nor_missed():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int64], ids=str)
-def test_any_real_dtype_is_recorded_as_float32(dtype):
+def test_values_of_any_real_dtype_are_kept_in_float64(form, dtype):
     metric = RunningPercentile(50)
     metric.update(torch.tensor([3], dtype=dtype))
-    assert metric.recorded.dtype == torch.float32
+    assert metric.values.dtype == torch.float64
     assert metric.compute() == 3.0
 
 
-def test_half_leaves_the_record_in_float32():
-    metric = RunningPercentile(50).half()
-    metric.update(1e6)
-    assert metric.compute() == 1e6
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_module_that_is_cast_leaves_the_values_as_they_are(dtype):
+    module = torch.nn.Module()
+    module.metric = RunningPercentile(50)
+    module.to(dtype)
+    module.metric.update(1234567.8)
+    module.metric.set_dtype(dtype)
+    module.metric.update(1234567.8)
+    assert module.metric.values.tolist() == [1234567.8] * 2
+    assert module.metric.compute().dtype == torch.float32
 
 
-def test_plot_shows_the_record_and_the_percentile():
+def test_plot_shows_the_values_and_the_percentile():
     mpl.use("Agg")
     metric = RunningPercentile(50, 3)
     metric.extend(torch.tensor([9.0, 1.0, 3.0, 2.0]))
     figure, axes = metric.plot()
-    recorded, line = axes.get_lines()
-    assert (list(recorded.get_xdata()), list(recorded.get_ydata())) == ([2, 3, 4], [1.0, 3.0, 2.0])
+    values, line = axes.get_lines()
+    assert (list(values.get_xdata()), list(values.get_ydata())) == ([2, 3, 4], [1.0, 3.0, 2.0])
     assert set(line.get_ydata()) == {2.0}
     assert metric.plot(ax=axes)[0] is figure
+
+
+def test_percentiles_of_several_windows_share_a_collection():
+    windows = (None, 1024, 2000, None)
+    both = MetricCollection({str(i): RunningPercentile(50, window) for i, window in enumerate(windows)})
+    for value in range(3000):
+        both.update(float(value))
+    expected = {str(i): np.percentile(np.arange(3000)[-(window or 3000) :], 50) for i, window in enumerate(windows)}
+    assert {key: value.item() for key, value in both.compute().items()} == expected
+
+
+def test_several_values_at_once_raise_before_anything_is_appended():
+    metric = RunningPercentile(50, 2)
+    metric.extend(torch.tensor([1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"Expected one `value`, but got a tensor of shape \(2,\)"):
+        metric.update(torch.ones(2))
+    assert metric.values.tolist() == [1.0, 2.0]
+
+
+def test_values_that_came_in_inference_mode_are_followed_by_others(form):
+    metric = RunningPercentile(50)
+    with torch.inference_mode():
+        metric.update(torch.tensor(1.0))
+    metric.update(torch.tensor(3.0))
+    assert float(metric.compute()) == 2.0
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -172,98 +259,18 @@ def test_plot_shows_the_record_and_the_percentile():
     ],
     ids=repr,
 )
-def test_a_bad_percentile_is_refused(percentile, error):
+def test_a_bad_percentile_raises(percentile, error):
     with pytest.raises(error, match="Expected `percentile` to be a number between 0 and 100, but got"):
         RunningPercentile(percentile)
 
 
-@pytest.mark.parametrize(
-    ("window", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError), ("9", TypeError)]
-)
-def test_a_bad_window_is_refused(window, error):
-    with pytest.raises(error, match="Expected `window` to be an integer of at least 1"):
-        RunningPercentile(10, window)
+@pytest.mark.parametrize(("window", "error"), [(0, ValueError), (1.5, TypeError), (True, TypeError), ("9", TypeError)])
+def test_a_bad_window_raises(window, error):
+    for make in (History, lambda window: RunningPercentile(10, window)):
+        with pytest.raises(error, match="Expected `window` to be an integer of at least 1"):
+            make(window)
 
 
 def test_a_percentile_that_looks_like_a_fraction_warns():
     with pytest.warns(UserWarning, match="write `percentile=90`"):
         RunningPercentile(0.9)
-
-
-@pytest.mark.parametrize("window", [None, 1500], ids=str)
-def test_forward_grows_the_record_too(window):
-    metric = RunningPercentile(50, window)
-    for value in range(1600):
-        metric(float(value))
-    assert metric.compute() == np.percentile(np.arange(1600)[-(window or 1600) :], 50)
-
-
-@pytest.mark.parametrize("windows", [(None, 2000), (1024, None), (1024, 2000), (None, None)], ids=str)
-def test_percentiles_of_several_windows_share_a_collection(windows):
-    both = MetricCollection({str(i): RunningPercentile(50, window) for i, window in enumerate(windows)})
-    for value in range(3000):
-        both.update(float(value))
-    expected = {str(i): np.percentile(np.arange(3000)[-(window or 3000) :], 50) for i, window in enumerate(windows)}
-    assert {key: value.item() for key, value in both.compute().items()} == expected
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_a_module_that_is_cast_leaves_the_record_in_float32(dtype):
-    module = torch.nn.Module()
-    module.metric = RunningPercentile(50)
-    module.to(dtype)
-    module.metric.update(1.2345678)
-    module.metric.set_dtype(dtype)
-    module.metric.update(1.2345678)
-    assert module.metric.compute().item() == pytest.approx(1.2345678, rel=1e-7)
-
-
-def test_several_values_at_once_are_refused_before_anything_is_recorded():
-    metric = RunningPercentile(50, 2)
-    metric.extend(torch.tensor([1.0, 2.0]))
-    with pytest.raises(ValueError, match=r"Expected one `value`, but got a tensor of shape \(2,\)"):
-        metric.update(torch.ones(2))
-    assert metric.recorded.tolist() == [1.0, 2.0]
-
-
-@pytest.mark.parametrize("which", FORMS)
-@settings(deadline=None, max_examples=100)
-@given(
-    values=st.lists(st.one_of(NORMS, st.sampled_from([1.0, 2.0, 3.0])), min_size=1, max_size=20),
-    counts=st.lists(st.booleans(), min_size=20, max_size=20),
-    window=WINDOWS,
-    loaded=st.integers(0, 20),
-)
-def test_the_state_before_the_newest_value_is_the_one_that_was(which, values, counts, window, loaded):
-    history = History(window)
-    for at, (value, does_count) in enumerate(zip(values, counts, strict=False)):
-        before = history.state_dict()
-        if at == loaded:
-            history = History(window)
-            history.load_state_dict(before)
-        if which == "cpu form":
-            history.record(value)
-        else:
-            history.record(torch.tensor(value), torch.tensor(does_count))
-        again = history.state_before()
-        assert again["values"].tolist() == before["values"].tolist()
-        assert again["count"] == before["count"]
-
-
-def test_the_state_before_a_value_that_came_in_the_other_form():
-    for forms in ((float, torch.tensor), (torch.tensor, float)):
-        history = History(3)
-        for at, value in enumerate([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]):
-            before = history.state_dict()
-            history.record(forms[at % 2](value))
-            assert history.state_before()["values"].tolist() == before["values"].tolist()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_values_that_came_in_inference_mode_are_followed_by_others(form):
-    with in_form(form):
-        metric = RunningPercentile(50)
-        with torch.inference_mode():
-            metric.update(torch.tensor(1.0))
-        metric.update(torch.tensor(3.0))
-        assert float(metric.compute()) == 2.0

@@ -1,36 +1,32 @@
-"""What TensorBoard's, the CSV file's and MLflow's own readers find after training: the same rows in each."""
+"""What the CSV file's, TensorBoard's and MLflow's own readers find after a run: the same in each; and Comet's."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from chaos.faults import small_files
-from fsspec.implementations.local import LocalFileSystem
-from helpers import Net, by_percentile, loader, trainer
+from helpers import Net, by_percentile, loader, read_csv, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from mlflow.tracking import MlflowClient
-from models import Noting, OptimizerPerLayer
+from models import Noting
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import Tensor
 
-from lightning_autoclip import AutoClip, GradientClipping, History, Policy
-from lightning_autoclip.monitoring.texts import replace_text
+from lightning_autoclip import AutoClip, GradientClipping, Policy
 
 Series = dict[str, list[tuple[int, float]]]
 
@@ -39,22 +35,22 @@ MAKERS: dict[str, Callable[[Path], Logger]] = {
     "tensorboard": lambda path: TensorBoardLogger(path, name="", version="run"),
     "mlflow": lambda path: MLFlowLogger("experiment", save_dir=str(path)),
 }
-every_logger = pytest.mark.parametrize("kind", MAKERS)
 
 
-@pytest.fixture(autouse=True)
-def _mlflow_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 refuses it unless asked for it so
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+@pytest.fixture(autouse=True, scope="module")
+def _mlflow_on_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 raises unless asked for it so
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        yield
 
 
 def rows_of_csv(directory: Path) -> Series:
     series: Series = {}
-    with (directory / "run" / "metrics.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            for key in row.keys() - {"step"}:
-                if row[key]:
-                    series.setdefault(key, []).append((int(row["step"]), float(row[key])))
+    for row in read_csv(directory / "run" / "metrics.csv"):
+        for key in row.keys() - {"step"}:
+            if row[key]:
+                series.setdefault(key, []).append((int(row["step"]), float(row[key])))
     return series
 
 
@@ -113,12 +109,19 @@ sgd, adam = partial(torch.optim.SGD, lr=0.02), partial(torch.optim.Adam, lr=0.01
 TABLES = {"csv": table_of_csv, "tensorboard": table_of_tensorboard, "mlflow": table_of_mlflow}
 
 
-class Failing(Noting):
-    """May break off at a batch."""
+FACTORS = {3: math.inf, **dict.fromkeys(range(5, 10), math.nan), 11: 100.0}
+HPARAMS = {"lr": 0.02, "model": {"width": 8}}
 
-    def __init__(self, fails_at: int | None, factors: dict[int, float]) -> None:
+
+class Model(Noting):
+    """A module with hyperparameters of its own; may fail at a batch."""
+
+    def __init__(
+        self, factors: dict[int, float] | None = None, fails_at: int | None = None, hparams: Any = HPARAMS
+    ) -> None:
         super().__init__(factors, sgd)
         self.fails_at = fails_at
+        self.save_hyperparameters(hparams)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
         if batch_idx == self.fails_at:
@@ -130,7 +133,7 @@ def fit(model: Net, loggers: Any, *callbacks: Any, ckpt: Any = None, **kwargs: A
     ours = {
         key: kwargs.pop(key) for key in ("gradient_clip_algorithm", "log_every_step", "log_layers") if key in kwargs
     }
-    autoclip = by_percentile(50, window=8, verbose=False, **ours)
+    autoclip = by_percentile(50, window=8, multiplier=1.0, verbose=False, **ours)
     options = {"log_every_n_steps": 5, "enable_checkpointing": bool(callbacks), **kwargs}
     trainer(autoclip, *callbacks, logger=loggers, **options).fit(model, loader(), ckpt_path=ckpt)
     return autoclip
@@ -140,120 +143,118 @@ def of_all_loggers(directory: Path) -> list[Logger]:
     return [make(directory / kind) for kind, make in MAKERS.items()]
 
 
-@pytest.mark.parametrize("options", [{}, {"log_every_step": True, "log_layers": True}], ids=["default", "everything"])
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_every_logger_has_the_same_rows_at_the_steps_of_the_loss(
-    tmp_path: Path, algorithm: str, options: dict[str, Any]
-) -> None:
-    model = Noting({3: math.nan, 7: 100.0}, sgd)
-    fit(model, of_all_loggers(tmp_path), gradient_clip_algorithm=algorithm, **options)
-    found = {kind: read(tmp_path / kind) for kind, read in READERS.items()}
+# --- the same in every logger -----------------------------------------------------------------------------------------
+
+
+class Done(NamedTuple):
+    """A run with all loggers, by norm; or one by value that an exception has ended before batch 13."""
+
+    directory: Path
+    norms: list[float]
+    is_whole: bool
+
+
+@pytest.fixture(scope="module", params=["whole", "interrupted"])
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    directory, is_whole = tmp_path_factory.mktemp(request.param), request.param == "whole"
+    model = Model(FACTORS, None if is_whole else 13)
+    options = {"log_every_step": True, "log_layers": True, "gradient_clip_algorithm": "norm" if is_whole else "value"}
+    with nullcontext() if is_whole else pytest.raises(RuntimeError, match="stop"):
+        fit(model, of_all_loggers(directory), **options)
+    return Done(directory, model.norms, is_whole)
+
+
+def test_every_logger_has_the_same_rows_of_finite_numbers_at_the_steps_of_the_loss(done: Done) -> None:
+    ends = (4, 14, 15) if done.is_whole else (4, 12)  # between them is one of nothing but non-finite steps
+    found = {kind: read(done.directory / kind) for kind, read in READERS.items()}
     ours = {key for key in found["csv"] if key.startswith("autoclip")}
-    assert len(ours) >= 9
+    assert len(ours) == 10 + 2 + 4 + (0 if done.is_whole else 2)  # figures, of single steps, of layers, by value
     for kind, series in found.items():
         assert {key for key in series if key.startswith("autoclip")} == ours, kind
-        assert [step for step, _ in series["train_loss"]] == [4, 9, 14]
+        assert [step for step, _ in series["train_loss"]] == [4, 9, 14][: 3 if done.is_whole else 2]
         for key in ours:
             steps, values = zip(*series[key], strict=True)
-            every = tuple(range(16)) if "threshold" in key else (*range(3), *range(4, 16))  # the norm of step 3 is NaN
-            assert steps == (every if "/step/" in key else (4, 9, 14, 15)), (kind, key)
+            is_count = key == "autoclip/nonfinite_total"
+            finite = tuple(step for step in range(len(done.norms)) if math.isfinite(done.norms[step]))
+            assert steps == (finite if "/step/" in key else (4, 9, *ends[1:]) if is_count else ends), (kind, key)
             expected = [value for _, value in found["csv"][key]]
             exact = 1e-6 if kind == "tensorboard" else 0  # TensorBoard keeps float32
             assert values == pytest.approx(expected, rel=exact), (kind, key)
     assert dict(found["mlflow"]["autoclip/grad_norm"]) == pytest.approx(
-        {step: model.norms[step] for step in (4, 9, 14, 15)}, rel=1e-5
+        {end: done.norms[end] for end in ends}, rel=1e-5
     )
+    assert [count for _, count in found["csv"]["autoclip/nonfinite_total"]] == [1, *[6] * len(ends)]
 
 
-@every_logger
-def test_a_row_of_nothing_but_nonfinite_steps_can_be_read_back(tmp_path: Path, kind: str) -> None:
-    fit(Noting(dict.fromkeys(range(5, 10), math.nan), sgd), MAKERS[kind](tmp_path))
-    series = READERS[kind](tmp_path)
-    assert [step for step, _ in series["autoclip/grad_norm_max"]] == [4, 14, 15]
-    assert dict(series["autoclip/nonfinite_total"]) == {4: 0, 9: 5, 14: 5, 15: 5}
-    assert all(math.isfinite(value) for points in series.values() for _, value in points)
+def test_every_logger_has_the_table_of_large_steps_with_nothing_where_a_number_is_not_finite(done: Done) -> None:
+    norms = [norm for norm in done.norms if math.isfinite(norm)]
+    for kind, table_of in TABLES.items():
+        text = table_of(done.directory / kind)
+        assert not {"nan", "inf"} & set(text.replace("\n", ",").split(","))
+        written = [*csv.DictReader(io.StringIO(text))]
+        assert [int(row["step"]) for row in written[:7]] == [3, *range(5, 10), 11]  # the non-finite ones, the largest
+        assert [row["norm"] for row in written[:6]] == [""] * 6
+        assert [float(row["norm"]) for row in written[6:]] == pytest.approx(sorted(norms, reverse=True), rel=1e-3)
+        assert {row["skipped"] for row in written[:6]} == {"non-finite"}
 
 
-@every_logger
-def test_the_spike_table_has_nothing_where_a_number_is_not_finite(tmp_path: Path, kind: str) -> None:
-    autoclip = by_percentile(50, warmup_steps=4, verbose=False)
-    trainer(autoclip, logger=MAKERS[kind](tmp_path)).fit(Noting({1: math.nan, 2: math.inf, 7: 100.0}, sgd), loader())
-    text = TABLES[kind](tmp_path)
-    assert not {"nan", "inf"} & set(text.replace("\n", ",").split(","))
-    written = [*csv.DictReader(io.StringIO(text))]
-    assert [int(row["step"]) for row in written[:3]] == [1, 2, 7]
-    assert [row["norm"] != "" for row in written[:3]] == [False, False, True]
+def test_every_logger_has_the_diagnoses_of_the_report(done: Done) -> None:
+    for kind, health_of in HEALTHS.items():
+        assert health_of(done.directory / kind) == "non-finite gradients"
 
 
-@every_logger
-def test_the_keys_of_several_optimizers_and_their_layers_arrive_as_they_are(tmp_path: Path, kind: str) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        fit(OptimizerPerLayer(adam, adam), MAKERS[kind](tmp_path), log_layers=True, log_every_step=True)
-    assert not [str(warning.message) for warning in caught if "autoclip" in str(warning.message)]
-    keys = {key for key in READERS[kind](tmp_path) if "autoclip" in key}
-    for optimizer, layer in (("Adam", "net.0"), ("Adam-1", "net.2")):
-        assert {f"autoclip/{optimizer}/threshold", f"autoclip/{optimizer}/step/grad_norm"} <= keys
-        assert f"autoclip_layers/{optimizer}/{layer}" in keys
-    assert all(key.split("/")[1] in ("Adam", "Adam-1") for key in keys)
+def test_every_logger_has_the_settings_beside_the_users_own_hyperparameters(done: Done) -> None:
+    settings = {
+        **{"policy": "Percentile", "percentile": 50.0, "multiplier": 1.0, "window": 8, "warmup_steps": 0},
+        **{"gradient_clip_algorithm": "norm" if done.is_whole else "value", "nonfinite": "skip"},
+        **dict.fromkeys(("max_threshold", "max_update_ratio", "skip_above", "groups")),
+    }
+    for kind in ("csv", "tensorboard"):
+        assert hparams_file(done.directory / kind) == {**HPARAMS, "lightning_autoclip": settings}
+    (run,) = mlflow_runs(done.directory / "mlflow")[1]
+    ours = {f"lightning_autoclip/{key}": str(value) for key, value in settings.items()}
+    assert run.data.params == {"lr": "0.02", "model/width": "8", **ours}
+    assert run.info.status == ("FINISHED" if done.is_whole else "FAILED")
 
 
-@every_logger
-@pytest.mark.parametrize("fails_at", [None, 12], ids=["whole", "broken off"])
-def test_the_spike_table_arrives_even_if_the_run_breaks_off(tmp_path: Path, kind: str, fails_at: int | None) -> None:
-    model = Failing(fails_at, {3: math.nan, 7: 100.0})
-    logger = MAKERS[kind](tmp_path)
-    if fails_at:
-        with pytest.raises(RuntimeError, match="stop"):
-            fit(model, logger)
-    else:
-        fit(model, logger)
-    written = [*csv.DictReader(io.StringIO(TABLES[kind](tmp_path)))]
-    assert [int(row["step"]) for row in written[:2]] == [3, 7]  # the one that was not finite, then the largest
-    norms = [norm for norm in model.norms if math.isfinite(norm)]
-    assert [float(row["norm"]) for row in written[1:]] == pytest.approx(sorted(norms, reverse=True), rel=1e-3)
-    if kind == "mlflow":
-        assert mlflow_runs(tmp_path)[1][0].info.status == ("FAILED" if fails_at else "FINISHED")
+def hparams_file(directory: Path) -> dict[str, Any]:
+    return yaml.safe_load((directory / "run" / "hparams.yaml").read_text())
 
 
-@every_logger
-@pytest.mark.parametrize("fails_at", [None, 12], ids=["whole", "broken off"])
-def test_the_verdicts_of_the_report_stand_in_every_logger(tmp_path: Path, kind: str, fails_at: int | None) -> None:
-    with pytest.raises(RuntimeError, match="stop") if fails_at else nullcontext():
-        fit(Failing(fails_at, {3: math.nan, 7: 100.0}), MAKERS[kind](tmp_path))
-    assert HEALTHS[kind](tmp_path) == "non-finite gradients"
+def test_of_a_run_that_is_fitted_further_the_last_diagnosis_counts(tmp_path: Path) -> None:
+    autoclip = by_percentile(50, verbose=False)
+    run = trainer(autoclip, logger=of_all_loggers(tmp_path))
+    for epochs, summary in ((1, "too few steps to tell"), (5, "no problems found in the gradient norms")):
+        run.fit_loop.max_epochs = epochs
+        run.fit(run.lightning_module if epochs > 1 else Net(sgd), loader())
+        assert [of(tmp_path / kind) for kind, of in HEALTHS.items()] == [summary] * 3
+    assert autoclip.report().summary == summary
 
 
-@every_logger
-def test_of_a_run_that_is_fitted_on_the_last_verdict_counts(tmp_path: Path, kind: str) -> None:
-    autoclip, logger = by_percentile(50, verbose=False), MAKERS[kind](tmp_path)
-    run = trainer(autoclip, logger=logger)
-    run.fit(Net(sgd), loader())
-    first = HEALTHS[kind](tmp_path)
-    run.fit_loop.max_epochs = 5
-    run.fit(run.lightning_module, loader())
-    assert first == "too few steps to tell"
-    assert HEALTHS[kind](tmp_path) == autoclip.report().summary == "healthy"
-
-
-@pytest.mark.parametrize("kind", ["tensorboard", "mlflow"])  # a new CSVLogger deletes what stands in its directory
-def test_over_a_resume_in_the_same_run_each_row_is_there_once(tmp_path: Path, kind: str) -> None:
+def test_over_a_resume_in_the_same_run_each_row_is_there_once(tmp_path: Path) -> None:
     first, second = Noting({7: 100.0}, sgd), Noting({7: 100.0}, sgd)
-    logger, saving = MAKERS[kind](tmp_path / "logs"), ModelCheckpoint(tmp_path, "saved", every_n_train_steps=8)
-    fit(first, logger, saving, max_steps=8, log_every_step=True)
-    resumed = MAKERS[kind](tmp_path / "logs")
-    if kind == "mlflow":
-        resumed = MLFlowLogger("experiment", save_dir=str(tmp_path / "logs"), run_id=logger.run_id)
-    fit(second, resumed, saving, ckpt=tmp_path / "saved.ckpt", log_every_step=True, max_epochs=2, max_steps=20)
-    series, norms = READERS[kind](tmp_path / "logs"), first.norms + second.norms
-    steps, values = zip(*series["autoclip/step/grad_norm"], strict=True)
-    assert steps == tuple(range(20))
-    assert values == pytest.approx(norms, rel=1e-5)
-    assert [step for step, _ in series["autoclip/threshold"]] == [4, 7, 9, 14, 19]  # and at the end of the first fit
-    assert [step for step, _ in series["train_loss"]] == [4, 9, 14, 19]
+    _, tensorboard, mlflow = of_all_loggers(tmp_path)  # a new CSVLogger deletes what is in its directory
+    saving = ModelCheckpoint(tmp_path, "saved", every_n_train_steps=8)
+    fit(first, [tensorboard, mlflow], saving, max_steps=8, log_every_step=True)
+    resumed = MLFlowLogger("experiment", save_dir=str(tmp_path / "mlflow"), run_id=mlflow.run_id)
+    options = {"log_every_step": True, "max_epochs": 2, "max_steps": 20}
+    fit(
+        second,
+        [MAKERS["tensorboard"](tmp_path / "tensorboard"), resumed],
+        saving,
+        ckpt=saving.best_model_path,
+        **options,
+    )
+    for kind in ("tensorboard", "mlflow"):
+        series = READERS[kind](tmp_path / kind)
+        steps, values = zip(*series["autoclip/step/grad_norm"], strict=True)
+        assert steps == tuple(range(20))
+        assert values == pytest.approx(first.norms + second.norms, rel=1e-5)
+        assert [step for step, _ in series["autoclip/threshold"]] == [4, 7, 9, 14, 19]  # and at the end of the first
+        assert [step for step, _ in series["train_loss"]] == [4, 9, 14, 19]
 
 
-def test_each_run_of_an_mlflow_experiment_keeps_its_own_spike_table(tmp_path: Path) -> None:
+def test_each_run_of_an_mlflow_experiment_keeps_its_own_table_of_large_steps(tmp_path: Path) -> None:
     for worst in (3, 11):
         fit(Noting({worst: 100.0}, sgd), MAKERS["mlflow"](tmp_path))
     client, runs = mlflow_runs(tmp_path)
@@ -261,30 +262,36 @@ def test_each_run_of_an_mlflow_experiment_keeps_its_own_spike_table(tmp_path: Pa
     assert [int(next(csv.DictReader(io.StringIO(text)))["step"]) for text in texts] == [3, 11]
 
 
+class Rows(Logger):
+    """Keeps the rows; may fail at one of them, once."""
+
+    name, version = "rows", 0
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        super().__init__()
+        self.fails_at, self.rows = fails_at, list[tuple[int, dict[str, float]]]()
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "autoclip/grad_norm" in metrics:
+            if step == self.fails_at:
+                self.fails_at = None
+                raise OSError("no space left")
+            self.rows.append((step, metrics))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """There are none."""
+
+
+def test_where_a_logger_fails_the_others_get_the_row_once(tmp_path: Path) -> None:
+    first, second, model = Rows(fails_at=9), Rows(), Noting(optimizer=sgd)
+    with pytest.raises(OSError, match="no space left"):
+        fit(model, [first, second])
+    assert len(model.norms) == 10
+    assert [[step for step, _ in logger.rows] for logger in (first, second)] == [[4], [4, 9]]
+    assert second.rows[-1][1]["autoclip/grad_norm_mean"] == pytest.approx(np.mean(model.norms[5:]), rel=1e-5)
+
+
 # --- settings as hyperparameters --------------------------------------------------------------------------------------
-
-
-class WithHparams(Net):
-    """A module with hyperparameters of its own."""
-
-    def __init__(self, **hparams: Any) -> None:
-        super().__init__(sgd)
-        self.save_hyperparameters(hparams or {"lr": 0.02, "model": {"width": 8}})
-
-
-def hparams_file(directory: Path) -> dict[str, Any]:
-    return yaml.safe_load((directory / "run" / "hparams.yaml").read_text())
-
-
-@pytest.mark.parametrize("kind", ["csv", "tensorboard"])
-@pytest.mark.parametrize("model", [WithHparams, Net], ids=["with hyperparameters", "without"])
-def test_the_settings_stand_in_hparams_yaml_beside_the_users_own(tmp_path: Path, kind: str, model: type[Net]) -> None:
-    loggers = [MAKERS[kind](tmp_path / name) for name in ("without", "with")]
-    trainer(logger=loggers[0]).fit(model(), loader())
-    trainer(callback := by_percentile(25, window=8), logger=loggers[1]).fit(model(), loader())
-    users = hparams_file(tmp_path / "without") if (tmp_path / "without" / "run" / "hparams.yaml").exists() else {}
-    assert hparams_file(tmp_path / "with") == {**users, "lightning_autoclip": callback.settings}
-    assert users == ({"lr": 0.02, "model": {"width": 8}} if model is WithHparams else {})
 
 
 def hparams_of_tensorboard(directory: Path) -> list[Any]:
@@ -299,95 +306,88 @@ def hparams_of_tensorboard(directory: Path) -> list[Any]:
 
 
 def test_the_users_hyperparameters_in_the_events_of_tensorboard_stay_as_they_are(tmp_path: Path) -> None:
-    class LogsThemselves(WithHparams):
+    class LogsThemselves(Model):
         def on_train_start(self) -> None:
             self.logger.log_hyperparams({"late": 1}, {"metric": 2.0})
 
-    for model in (WithHparams, LogsThemselves):
+    for model in (Model, LogsThemselves):
         loggers = [MAKERS["tensorboard"](tmp_path / model.__name__ / name) for name in ("without", "with")]
         trainer(logger=loggers[0]).fit(model(), loader())
         trainer(by_percentile(), logger=loggers[1]).fit(model(), loader())
         without, ours = (hparams_of_tensorboard(tmp_path / model.__name__ / name) for name in ("without", "with"))
         assert [tag for tag, _ in ours] == [tag for tag, _ in without]
         assert [len(content) for _, content in ours] == [len(content) for _, content in without]
-    events = EventAccumulator(str(tmp_path / "WithHparams" / "with" / "run")).Reload()
+    events = EventAccumulator(str(tmp_path / "Model" / "with" / "run")).Reload()
     (event,) = events.Tensors("autoclip/settings/text_summary")
-    assert "| policy | {'name': 'Percentile', 'percentile': 50.0" in event.tensor_proto.string_val[0].decode()
+    assert "| percentile | 50.0 |" in event.tensor_proto.string_val[0].decode()
 
 
 def test_over_a_resume_in_the_same_folder_of_tensorboard_hyperparameters_stay_and_settings_are_the_last(
     tmp_path: Path,
 ) -> None:
-    for percentile, model in ((10, WithHparams()), (20, Net(sgd))):  # the second one says nothing of its own
+    for percentile, model in ((10, Model()), (20, Net(sgd))):  # the second one has none of its own
         callback = by_percentile(percentile, groups={"first": "net.0.*"})
         trainer(callback, logger=MAKERS["tensorboard"](tmp_path)).fit(model, loader())
-        assert hparams_file(tmp_path) == {
-            "lr": 0.02,
-            "model": {"width": 8},
-            "lightning_autoclip": callback.settings,
-        }
+        found = hparams_file(tmp_path)
+        settings = found.pop("lightning_autoclip")
+        assert found == HPARAMS
+        assert (settings["percentile"], settings["groups"]) == (percentile, {"first": ["net.0.*"]})
+    (tmp_path / "run" / "hparams.yaml.part").mkdir()
+    text = (tmp_path / "run" / "hparams.yaml").read_text()
+    with pytest.warns(UserWarning, match="settings could not be logged to `TensorBoardLogger`"):
+        trainer(by_percentile(30), logger=MAKERS["tensorboard"](tmp_path)).fit(Net(sgd), loader())
+    assert (tmp_path / "run" / "hparams.yaml").read_text() == text, "whole or not at all"
 
 
-def test_mlflow_has_the_settings_as_params_beside_the_users_own(tmp_path: Path) -> None:
-    trainer(by_percentile(25, window=8), logger=MAKERS["mlflow"](tmp_path)).fit(WithHparams(), loader())
-    (run,) = mlflow_runs(tmp_path)[1]
-    users = {"lr": "0.02", "model/width": "8"}
-    assert run.data.params.items() >= users.items()
-    ours = {key: value for key, value in run.data.params.items() if key not in users}
-    assert all(key.startswith("lightning_autoclip/") for key in ours)
-    found = {key.removeprefix("lightning_autoclip/"): value for key, value in ours.items()}
-    assert (found["policy/percentile"], found["window"], found["nonfinite"]) == ("25.0", "8", "skip")
-
-
-def test_a_run_of_mlflow_that_is_resumed_with_other_settings_goes_on_with_a_word(tmp_path: Path) -> None:
+def test_a_run_of_mlflow_that_is_resumed_with_other_settings_continues_with_a_warning(tmp_path: Path) -> None:
     logger = MAKERS["mlflow"](tmp_path)
     trainer(by_percentile(25), logger=logger).fit(Net(sgd), loader())
     for percentile in (25, 30):
         resumed = MLFlowLogger("experiment", save_dir=str(tmp_path), run_id=logger.run_id)
-        told = nullcontext() if percentile == 25 else pytest.warns(UserWarning, match="settings could not be logged to")
-        with told:
+        with nullcontext() if percentile == 25 else pytest.warns(UserWarning, match="settings could not be logged to"):
             trainer(by_percentile(percentile), logger=resumed).fit(Net(sgd), loader())
     (run,) = mlflow_runs(tmp_path)[1]
-    assert run.data.params["lightning_autoclip/policy/percentile"] == "25.0"
+    assert run.data.params["lightning_autoclip/percentile"] == "25.0"
     assert run.info.status == "FINISHED"
 
 
-@every_logger
-@pytest.mark.parametrize("own", ["mine", {"policy": 1}, 0], ids=repr)
-def test_a_hyperparameter_of_the_users_under_our_key_stays(tmp_path: Path, kind: str, own: Any) -> None:
-    with pytest.warns(UserWarning, match="have a key `lightning_autoclip` of your own"):
-        trainer(by_percentile(), logger=MAKERS[kind](tmp_path)).fit(WithHparams(lightning_autoclip=own), loader())
-    if kind == "mlflow":
-        params = mlflow_runs(tmp_path)[1][0].data.params
-        assert params == (
-            {"lightning_autoclip/policy": "1"} if own == {"policy": 1} else {"lightning_autoclip": str(own)}
-        )
-    else:
-        assert hparams_file(tmp_path) == {"lightning_autoclip": own}
+@pytest.mark.parametrize("own", [{"policy": 1}, 0], ids=repr)
+def test_a_hyperparameter_of_the_users_under_our_key_stays(tmp_path: Path, own: Any) -> None:
+    with pytest.warns(UserWarning, match="have a key `lightning_autoclip` of your own") as warned:
+        fit(Model(hparams={"lightning_autoclip": own}), of_all_loggers(tmp_path))
+    assert sum("of your own" in str(warning.message) for warning in warned) == 3
+    for kind in ("csv", "tensorboard"):
+        assert hparams_file(tmp_path / kind) == {"lightning_autoclip": own}
+    params = mlflow_runs(tmp_path / "mlflow")[1][0].data.params
+    assert params == ({"lightning_autoclip": "0"} if own == 0 else {"lightning_autoclip/policy": "1"})
 
 
-@every_logger
-def test_numbers_of_numpy_and_objects_in_a_policy_are_written_so_that_they_can_be_read(
-    tmp_path: Path, kind: str
-) -> None:
-    @dataclass(frozen=True)
-    class Mine(Policy):
-        rank: Any
-        factor: Any
-        parts: Any
-        thing: Any
+@dataclass(frozen=True)
+class Mine(Policy):
+    rank: Any
+    factor: Any
+    parts: Any
+    thing: Any
+    text: str
 
-        def __call__(self, history: Any) -> Any:
-            return 2 * history.mean()
-
-    policy = Mine(np.int64(3), np.float32(0.5), (1, np.float64(2.0)), torch.zeros(1))
-    trainer(GradientClipping(policy), logger=MAKERS[kind](tmp_path)).fit(Net(sgd), loader())
-    if kind != "mlflow":
-        found = hparams_file(tmp_path)["lightning_autoclip"]["policy"]
-        assert found.items() >= {"rank": 3, "factor": 0.5, "parts": [1, 2], "thing": "tensor([0.])"}.items()
+    def __call__(self, history: Any) -> Any:
+        return 2 * history.mean()
 
 
-# --- Comet ------------------------------------------------------------------------------------------------------------
+def test_numbers_of_numpy_objects_and_lines_in_a_policy_are_written_so_that_they_can_be_read(tmp_path: Path) -> None:
+    """And anew where a run is resumed, rather than once more."""
+    texts, policy = [], Mine(np.int64(3), np.float32(0.5), (1, np.float64(2.0)), torch.zeros(1), "one\n\ntwo")
+    for _ in range(2):
+        trainer(GradientClipping(policy), logger=of_all_loggers(tmp_path)).fit(Net(sgd), loader())
+        for kind in ("csv", "tensorboard"):
+            found = hparams_file(tmp_path / kind)["lightning_autoclip"]
+            expected = {"rank": 3, "factor": 0.5, "parts": [1, 2], "thing": "tensor([0.])", "text": "one\n\ntwo"}
+            assert found.items() >= expected.items()
+        texts.append((tmp_path / "tensorboard" / "run" / "hparams.yaml").read_text())
+    assert texts[0] == texts[1]
+
+
+# --- Comet, and others ------------------------------------------------------------------------------------------------
 
 
 class CometExperiment:
@@ -431,7 +431,7 @@ class Comet(CometLogger):
 
 
 def test_comet_gets_finite_rows_the_settings_and_the_table_of_spikes(tmp_path: Path) -> None:
-    logger, model = Comet(), WithHparams()
+    logger, model = Comet(), Model()
     autoclip = by_percentile(50, window=8, warmup_steps=3, verbose=False)
     data = loader(scales=[math.nan if 20 <= row < 40 else 100.0 if 44 <= row < 48 else 1.0 for row in range(64)])
     trainer(autoclip, logger=logger, log_every_n_steps=5).fit(model, data)
@@ -439,7 +439,9 @@ def test_comet_gets_finite_rows_the_settings_and_the_table_of_spikes(tmp_path: P
     ours = [(step, key, value) for step, key, value in kept.metrics if key.startswith("autoclip/")]
     assert all(math.isfinite(value) for _, _, value in ours)
     assert {step for step, _, _ in ours} == {4, 9, 14, 15}
-    assert kept.parameters == {"lr": 0.02, "model": {"width": 8}, "lightning_autoclip": autoclip.settings}
+    settings = kept.parameters.pop("lightning_autoclip")
+    assert (settings["policy"], settings["percentile"], settings["window"]) == ("Percentile", 50.0, 8)
+    assert kept.parameters == HPARAMS
     headers, *table = kept.tables["autoclip_spikes.csv"]
     assert headers == list(autoclip.spikes()[0])
     assert [row[1] for row in table] == [spike["step"] for spike in autoclip.spikes()]
@@ -474,47 +476,19 @@ class WithoutDirectoryPerRun(Logger):
         """There are none."""
 
 
-@pytest.mark.parametrize("version", ["first", 0, None], ids=repr)
-def test_a_table_beside_a_logger_without_a_directory_per_run_stands_with_the_runs_checkpoints(
+@pytest.mark.parametrize("version", ["first", 0], ids=repr)
+def test_beside_a_logger_without_a_directory_per_run_the_files_are_with_the_runs_checkpoints(
     tmp_path: Path, version: Any
 ) -> None:
     saving = ModelCheckpoint(every_n_epochs=1)
     autoclip = fit(Noting({7: 100.0}, sgd), WithoutDirectoryPerRun(tmp_path, version), saving)
     directory = Path(saving.dirpath).parent
     assert directory.parent == tmp_path / "project"
-    (found,) = tmp_path.rglob("autoclip_spikes.csv")
-    assert found == directory / "autoclip_spikes.csv"
-    assert [*tmp_path.rglob("autoclip_health.txt")] == [directory / "autoclip_health.txt"]
-    with found.open(newline="") as file:
-        assert [int(row["step"]) for row in csv.DictReader(file)] == [spike["step"] for spike in autoclip.spikes()]
+    assert {*tmp_path.rglob("autoclip_*")} == {directory / "autoclip_spikes.csv", directory / "autoclip_health.txt"}
+    steps = [int(row["step"]) for row in read_csv(directory / "autoclip_spikes.csv")]
+    assert steps == [spike["step"] for spike in autoclip.spikes()]
 
 
 def test_a_logger_without_any_directory_gets_no_table_and_no_error(tmp_path: Path) -> None:
     fit(Noting(optimizer=sgd), WithoutDirectoryPerRun(None, "first"))
     assert not [*tmp_path.rglob("autoclip_*")]
-
-
-def test_a_file_that_cannot_be_written_anew_stays_as_it_was(tmp_path):
-    path = tmp_path / "hparams.yaml"
-    replace_text(LocalFileSystem(), str(path), "lr: 0.1\n")
-    with small_files(100), pytest.raises(OSError, match="File too large"):
-        replace_text(LocalFileSystem(), str(path), "lr: 0.2\n" * 100)
-    assert path.read_text() == "lr: 0.1\n"
-    assert [*tmp_path.iterdir()] == [path]
-
-
-def test_settings_of_several_lines_are_written_anew_and_not_once_more(tmp_path):
-    @dataclass(frozen=True)
-    class Mine(Policy):
-        text: str
-
-        def __call__(self, history: History) -> Any:
-            return history.percentile(50)
-
-    texts = []
-    for _ in range(3):
-        run = trainer(GradientClipping(Mine("one\n\ntwo"), verbose=False), logger=MAKERS["tensorboard"](tmp_path))
-        run.fit(Net(), loader())
-        texts.append((tmp_path / "run" / "hparams.yaml").read_text())
-    assert texts[0] == texts[1] == texts[2]
-    assert yaml.safe_load(texts[0])["lightning_autoclip"]["policy"]["text"] == "one\n\ntwo"

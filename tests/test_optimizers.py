@@ -1,11 +1,12 @@
-"""Optimizers from elsewhere: of the user, of packages, with states of 8 bits, wrapped; each against a loop by hand."""
+"""Optimizers of torch, of the user, of packages, with states of 8 bits, wrapped; each against a loop by hand."""
 
 from __future__ import annotations
 
-import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import pytest
 import schedulefree
 import torch
 from bitsandbytes.optim import AdamW8bit, Lion8bit
-from helpers import Net, loader, norm_of, trainer, weights
+from helpers import loader, norm_of, trainer, weights
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.optim import Adam, Optimizer
+from torch.optim import ASGD, SGD, Adam, AdamW, Muon, NAdam, Optimizer, RAdam, Rprop
+from torch.utils._pytree import tree_flatten
 
 from lightning_autoclip import AutoClip, GradientClipper, Percentile
 
@@ -97,8 +99,6 @@ OPTIMIZERS: dict[str, Callable[[Iterable[Tensor]], Any]] = {
     "Lookahead of a fused one": lambda parameters: Lookahead(Adam(parameters, lr=0.01, fused=True)),
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
-# Between its closure and its end such a step keeps the weights elsewhere, and returns only those that have a gradient.
-every_ordinary_optimizer = pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "Closure" not in name])
 
 
 def in_train_mode(optimizer: Any) -> Any:
@@ -109,18 +109,13 @@ def in_train_mode(optimizer: Any) -> Any:
 
 
 class Noting(models.Noting):
-    """With an optimizer of the list; batches in ``bad`` have a loss that is not finite. Notes what each step leaves."""
+    """With an optimizer of the list."""
 
-    def __init__(self, name: str, bad: tuple[int, ...] = ()) -> None:
-        super().__init__(dict.fromkeys(bad, math.nan), OPTIMIZERS[name])
-        self.after: list[tuple[Tensor, Any]] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(optimizer=OPTIMIZERS[name])
 
     def on_train_start(self) -> None:
         in_train_mode(self.trainer.optimizers[0])
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        state = {id(p): dict(values) for p, values in self.trainer.optimizers[0].state.items()}
-        self.after.append((weights(self), copy.deepcopy(state)))
 
 
 def fit(model: Noting, *, epochs: int = 1, ckpt: Any = None, **kwargs: Any) -> tuple[AutoClip, Any]:
@@ -131,10 +126,10 @@ def fit(model: Noting, *, epochs: int = 1, ckpt: Any = None, **kwargs: Any) -> t
 
 
 def loop_by_hand(name: str, algorithm: str) -> tuple[Noting, list[float]]:
-    """The same training without Lightning, clipped by torch at numpy's percentile."""
+    """The same run without Lightning, clipped by torch at numpy's percentile."""
     model, norms = Noting(name), []
     optimizer, parameters = in_train_mode(OPTIMIZERS[name](model.parameters())), [*model.parameters()]
-    entries = sum(p.numel() for p in parameters)
+    numel = sum(p.numel() for p in parameters)
 
     def closure(batch: Any) -> Tensor:
         optimizer.zero_grad()
@@ -145,7 +140,7 @@ def loop_by_hand(name: str, algorithm: str) -> tuple[Noting, list[float]]:
         if algorithm == "norm":
             nn.utils.clip_grad_norm_(parameters, percentile)
         else:
-            nn.utils.clip_grad_value_(parameters, 3 * percentile / math.sqrt(entries))
+            nn.utils.clip_grad_value_(parameters, 3 * percentile / math.sqrt(numel))
         return loss
 
     for batch in loader(scales=SCALES):
@@ -160,9 +155,9 @@ def test_the_weights_are_those_of_a_loop_that_torch_clips(name: str, algorithm: 
     model = Noting(name)
     autoclip, _ = fit(model, gradient_clip_algorithm=algorithm)
     torch.testing.assert_close(weights(model), weights(by_hand), rtol=1e-3, atol=1e-5)
-    entries = 1 if algorithm == "norm" else sum(p.numel() for p in model.parameters())
-    assert autoclip.clippers[0].history.recorded.tolist() == pytest.approx(
-        [norm / math.sqrt(entries) for norm in norms[-10:]], rel=1e-3
+    numel = 1 if algorithm == "norm" else sum(p.numel() for p in model.parameters())
+    assert autoclip.clippers[0].history.values.tolist() == pytest.approx(
+        [norm / math.sqrt(numel) for norm in norms[-10:]], rel=1e-3
     )
 
 
@@ -174,72 +169,190 @@ def test_a_resumed_run_takes_the_same_steps_as_an_uninterrupted_one(tmp_path: Pa
     second, _ = fit(rest, epochs=2, ckpt=tmp_path / "half.ckpt")
     assert half.norms + rest.norms == whole.norms
     assert torch.equal(weights(rest), weights(whole))
-    assert torch.equal(second.clippers[0].history.recorded, first.clippers[0].history.recorded)
+    assert torch.equal(second.clippers[0].history.values, first.clippers[0].history.values)
 
 
-@every_ordinary_optimizer
-def test_a_step_that_is_not_finite_moves_neither_weight_nor_state(name: str) -> None:
-    model = Noting(name, bad=(7,))
-    autoclip, _ = fit(model)
-    (before, old), (after, new) = model.after[6:8]
-    assert torch.equal(before, after)
-    assert old.keys() == new.keys()
-    for parameter in old:
-        for key, value in old[parameter].items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(new[parameter][key])), key
-    assert autoclip.clippers[0].nonfinite_total == 1
-    assert all(math.isfinite(norm) for norm in model.norms[:7] + model.norms[8:])
-    assert not torch.equal(after, model.after[8][0])
-
-
-@pytest.mark.parametrize("unscale", [True, False], ids=["unscaled before", "still scaled"])
-@every_ordinary_optimizer
-def test_with_a_scaler_the_steps_are_those_without(name: str, unscale: bool) -> None:
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if "Closure" not in name])
+def test_with_a_scaler_the_steps_are_those_without(name: str) -> None:
     """The scale is a power of two, so that scaling and unscaling are exact."""
     found = []
-    for scaler in (None, GradScaler("cpu", init_scale=2.0**8)):
+    for how in ("no scaler", "unscaled before", "still scaled"):
+        scaler = GradScaler("cpu", init_scale=2.0**8, enabled=how != "no scaler")
         model, clipper, norms = Noting(name), GradientClipper(Percentile(50), window=10), []
         optimizer = in_train_mode(OPTIMIZERS[name](model.parameters()))
         for batch in loader(scales=SCALES):
             optimizer.zero_grad()
-            loss = model.loss(batch)
-            if scaler is None:
-                loss.backward()
-                norms.append(float(clipper.clip_(optimizer).norm))
-                optimizer.step()
-                continue
-            scaler.scale(loss).backward()
-            if unscale:
+            scaler.scale(model.loss(batch)).backward()
+            if how == "unscaled before":
                 scaler.unscale_(optimizer)
             norms.append(float(clipper.clip_(optimizer, scaler).norm))
             scaler.step(optimizer)
             scaler.update()
         found.append((weights(model), norms))
-    (plain, norms), (scaled, scaled_norms) = found
-    torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=1e-5)
-    assert scaled_norms == pytest.approx(norms, rel=1e-3)
+    for (scaled, scaled_norms), (plain, norms) in pairwise(found):
+        torch.testing.assert_close(scaled, plain, rtol=1e-3, atol=1e-5)
+        assert scaled_norms == pytest.approx(norms, rel=1e-3)
 
 
-class Zeroing(Optimizer):
-    """Takes a gradient that is not there for one of zero, as some versions of Muon do."""
+# --- a skipped step was never made ------------------------------------------------------------------------------------
 
-    def __init__(self, parameters):
-        super().__init__(parameters, {"lr": 0.1})
+BAD = (0, 1, 7, 10)  # batches whose loss is a NaN
+
+
+class Counting(Optimizer):
+    """Counts its steps and estimates its rate outside of its loop over the parameters.
+
+    As DAdaptSGD does it divides by the sum of all squared gradients: without gradients it would raise.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        super().__init__(params, {"lr": 0.1, "k": 0, "d": 1.0})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for parameter in self.param_groups[0]["params"]:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.mul_(0.99).add_(parameter.grad, alpha=-0.1)
+        for group in self.param_groups:
+            gradients = [(p, p.grad) for p in group["params"] if p.grad is not None]
+            squares = sum(float(gradient.square().sum()) for _, gradient in gradients)
+            group["d"] = 0.9 * group["d"] + 0.1 / squares
+            for p, gradient in gradients:
+                p.add_(gradient, alpha=-group["lr"] * min(group["d"], 1.0) / math.sqrt(group["k"] + 1))
+            group["k"] += 1
         return loss
 
 
-def test_an_optimizer_that_moves_weights_without_gradients_is_told_of_once():
-    scales = [1.0] * 8 + [math.nan] * 4 + [1.0] * 8 + [math.nan] * 4 + [1.0] * 40
-    model = Net(Zeroing)
-    with pytest.warns(UserWarning, match="`Zeroing` has moved weights at a step that was left out") as caught:
-        trainer(AutoClip(50, verbose=False)).fit(model, loader(scales=scales))
-    assert sum("has moved weights" in str(each.message) for each in caught) == 1
-    assert weights(model).isfinite().all()
+SKIPPING: dict[str, Callable[[Iterable[Tensor]], Any]] = {
+    "SGD": partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "AdamW": partial(AdamW, lr=0.01),
+    "RAdam": partial(RAdam, lr=0.01),
+    "ASGD": partial(ASGD, lr=0.05, t0=3),
+    "Rprop": partial(Rprop, lr=0.01),
+    "NAdam": partial(NAdam, lr=0.01),
+    "Muon": partial(Muon, lr=0.01),
+    "fused SGD": partial(SGD, lr=0.1, momentum=0.9, fused=True),
+    "AdamWScheduleFree": partial(schedulefree.AdamWScheduleFree, lr=0.01, warmup_steps=5),
+    "AdamW8bit": partial(AdamW8bit, lr=0.01, min_8bit_size=0),
+    "Lookahead": lambda parameters: Lookahead(Adam(parameters, lr=0.01)),
+    "Counting": Counting,
+}
+
+
+class Matrices(models.BadBatches):
+    """Weights of two dimensions alone, which Muon asks for; notes at which batches gradients were there at the end."""
+
+    def __init__(self, name: str, *, scheduled: bool = False, manual: bool = False, bad: tuple[int, ...] = BAD) -> None:
+        super().__init__(dict.fromkeys(bad, math.nan), SKIPPING[name])
+        self.net = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Tanh(), nn.Linear(8, 1, bias=False))
+        self.scheduled, self.automatic_optimization = scheduled, not manual
+        self.has_gradients: list[bool] = []
+
+    def configure_optimizers(self) -> Any:
+        optimizer = in_train_mode(super().configure_optimizers())
+        return ([optimizer], [scheduler_of(optimizer)]) if self.scheduled else optimizer
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+    def note_gradients(self) -> None:
+        self.has_gradients.append(all(p.grad is not None and bool(p.grad.any()) for p in self.parameters()))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.note_gradients()
+
+
+def scheduler_of(optimizer: Any) -> Any:
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    return {"scheduler": schedule, "interval": "step"}
+
+
+@cache
+def never_made(name: str, bad: tuple[int, ...], scheduled: bool, accumulated: int) -> tuple[Matrices, Any]:
+    """A loop of torch alone, without clipping, that does not call `step` where a batch is bad."""
+    model = Matrices(name)
+    optimizer = in_train_mode(SKIPPING[name](model.parameters()))
+    schedule = scheduler_of(optimizer)["scheduler"] if scheduled else None
+    for batch_idx, batch in enumerate(loader()):
+        if batch_idx % accumulated == 0:
+            optimizer.zero_grad()
+        (model.loss(batch) / accumulated).backward()
+        if (batch_idx + 1) % accumulated == 0:
+            if batch_idx not in bad and batch_idx - accumulated + 1 not in bad:
+                optimizer.step()
+            if schedule is not None:
+                schedule.step()
+    return model, optimizer
+
+
+def by_hand(name: str, has_closure: bool, bad: tuple[int, ...] = BAD) -> tuple[Matrices, Any]:
+    """A loop that clips with the library, and calls `step` at each batch."""
+    model, clipper = Matrices(name, bad=bad), GradientClipper(Percentile(100))
+    optimizer = in_train_mode(SKIPPING[name](model.parameters()))
+
+    def closure(batch_idx: int, batch: Any) -> Tensor:
+        optimizer.zero_grad()
+        loss = model.loss(batch) * model.factors.get(batch_idx, 1.0)
+        loss.backward()
+        clipper.clip_(optimizer)
+        return loss
+
+    for batch_idx, batch in enumerate(loader()):
+        if has_closure:
+            assert math.isnan(optimizer.step(partial(closure, batch_idx, batch))) == (batch_idx in bad)
+        else:
+            closure(batch_idx, batch)
+            optimizer.step()
+        model.note_gradients()
+    assert (clipper.steps, clipper.nonfinite_steps) == (16, len(bad))
+    clipper.release()
+    return model, optimizer
+
+
+def in_trainer(name: str, *, accumulated: int = 1, **kwargs: Any) -> tuple[Matrices, Any]:
+    model, autoclip = Matrices(name, **kwargs), AutoClip(100, verbose=False)
+    run = trainer(autoclip, accumulate_grad_batches=accumulated)
+    run.fit(model, loader())
+    assert autoclip.clippers[0].steps == 16 / accumulated
+    return model, run.optimizers[0]
+
+
+RUNS: dict[str, Callable[[str], tuple[Matrices, Any]]] = {
+    "plain step": partial(by_hand, has_closure=False),
+    "step with closure": partial(by_hand, has_closure=True, bad=BAD[1:]),  # of the first, see below
+    "automatic": in_trainer,
+    "automatic, scheduled": partial(in_trainer, scheduled=True),
+    "automatic, accumulated": partial(in_trainer, accumulated=2),
+    "manual": partial(in_trainer, manual=True),
+}
+
+
+# Torch's schedulers take optimizers of torch alone.
+CASES = [(name, how) for name in SKIPPING for how in RUNS if (name, how) != ("Lookahead", "automatic, scheduled")]
+
+
+@pytest.mark.parametrize(("name", "how"), CASES)
+def test_a_skipped_step_was_never_made(name: str, how: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, optimizer = RUNS[how](name)
+    expected, untouched = never_made(name, (*model.factors,), "scheduled" in how, 2 if "accumulated" in how else 1)
+    assert torch.equal(weights(model), weights(expected))
+    found, structure = tree_flatten(optimizer.state_dict())
+    wanted, wanted_structure = tree_flatten(untouched.state_dict())
+    assert structure == wanted_structure
+    for value, other in zip(found, wanted, strict=True):
+        assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
+    assert model.has_gradients == [True] * 16
+    assert not [each for each in caught if "lr_scheduler.step()" in str(each.message)]
+    assert ("step" in vars(optimizer)) == ("scheduled" in how)  # the scheduler's own
+
+
+def test_the_first_step_can_be_skipped_within_its_closure() -> None:
+    model, _ = by_hand("SGD", has_closure=True, bad=(0,))
+    assert torch.equal(weights(model), weights(never_made("SGD", (0,), False, 1)[0]))

@@ -1,4 +1,4 @@
-"""Steps far above the typical norm are left out, counted and named, and never so many that a training ends."""
+"""`skip_above`: outliers are skipped, counted and named, and never so many in a row that a run ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Batches, Net, by_percentile, dataset, loader, read_csv, trainer, weights
+from helpers import Batches, Net, by_percentile, dataset, loader, read_rows, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -19,11 +19,9 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_autoclip import AutoClip, GradientClipper, Percentile
-from lightning_autoclip.clipping.clipper import clip_together_
-from lightning_autoclip.clipping.outliers import LEAST_STEPS, MOST_IN_A_ROW
+from lightning_autoclip.clipper import clip_together_
+from lightning_autoclip.step import LEAST_STEPS, MOST_IN_A_ROW
 
-ALGORITHMS = pytest.mark.parametrize("algorithm", ["norm", "value"])
-FUSED = pytest.mark.parametrize("fused", [False, True], ids=["ordinary", "fused"])
 TIMES, WINDOW = 8.0, 30
 
 
@@ -37,11 +35,14 @@ def norms_of_a_run(seed: int = 0) -> list[float]:
     return norms.astype(np.float32).tolist()
 
 
-def left_out_of(norms: list[float], times: float = TIMES, warmup_steps: int = 0) -> list[bool]:
-    """Which steps are far too large, told anew from the description."""
+NORMS = norms_of_a_run()
+
+
+def outliers_of(norms: list[float], warmup_steps: int = 0) -> list[bool]:
+    """Which steps are to be skipped as outliers, computed anew from the description."""
     found, seen, in_a_row = [], [], 0
     for step, norm in enumerate(norms):
-        large = bool(math.isfinite(norm) and seen and norm > times * np.median(np.float32(seen[-WINDOW:])))
+        large = bool(math.isfinite(norm) and seen and norm > TIMES * np.median(seen[-WINDOW:]))
         large &= step >= max(LEAST_STEPS, warmup_steps)
         in_a_row = in_a_row + 1 if large else 0
         found.append(large and in_a_row <= MOST_IN_A_ROW)
@@ -49,118 +50,120 @@ def left_out_of(norms: list[float], times: float = TIMES, warmup_steps: int = 0)
     return found
 
 
-def steps_of(
-    clipper: GradientClipper, optimizer: Any, norms: list[float], scaler: Any = None
-) -> list[tuple[bool, bool, float]]:
-    """Per step whether its record says that it was left out, whether a weight moved, and the norm after clipping."""
-    seen = []
-    (parameter,) = optimizer.param_groups[0]["params"]
-    for norm in norms:
-        scale = 1.0 if scaler is None else float(scaler.scale(torch.ones(())))
-        parameter.grad = torch.full((4,), norm / 2 * scale)
-        before = parameter.detach().clone()
-        record = clipper.clip_(optimizer, scaler)
-        after = math.nan if parameter.grad is None else float(parameter.grad.norm())
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
-        seen.append((bool(record.left_out), not torch.equal(before, parameter), after))
-    return seen
+def clipper_of(times: float = TIMES, **kwargs: Any) -> GradientClipper:
+    return GradientClipper(Percentile(50), skip_above=times, **{"window": WINDOW, **kwargs})
 
 
-def optimizer_of(kind: str, fused: bool) -> Any:
+def optimizer_of(kind: str = "sgd", fused: bool = False) -> Any:
     parameter = nn.Parameter(torch.ones(4))
     if kind == "sgd":
         return SGD([parameter], lr=1e-3, momentum=0.9, weight_decay=0.1, fused=fused)
     return AdamW([parameter], lr=1e-3, fused=fused)
 
 
-@ALGORITHMS
-@FUSED
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-@pytest.mark.parametrize("nonfinite", ["skip", "ignore"])
-@pytest.mark.parametrize("warmup_steps", [0, 40])
-def test_steps_far_above_the_typical_norm_move_nothing(form, algorithm, fused, kind, nonfinite, warmup_steps):
-    norms = norms_of_a_run()
+OPTIMIZERS = {
+    "ordinary SGD": partial(optimizer_of, "sgd"),
+    "fused SGD": partial(optimizer_of, "sgd", fused=True),
+    "ordinary AdamW": partial(optimizer_of, "adamw"),
+    "fused AdamW": partial(optimizer_of, "adamw", fused=True),
+}
+every_optimizer = pytest.mark.parametrize("optimizer_of", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+def state_of(optimizer: Any) -> list[torch.Tensor]:
+    """Copies of the weight and of what the optimizer keeps of it."""
+    (parameter,) = optimizer.param_groups[0]["params"]
+    values = [parameter.detach(), *optimizer.state.get(parameter, {}).values()]
+    return [value.clone() for value in values if value is not None]
+
+
+def steps_of(
+    clipper: GradientClipper, optimizer: Any, norms: list[float], scaler: Any = None
+) -> list[tuple[bool, bool, float]]:
+    """Per step whether its record says that it is skipped, whether weights or state moved, and the norm afterwards."""
+    seen = []
+    (parameter,) = optimizer.param_groups[0]["params"]
+    for norm in norms:
+        scale = 1.0 if scaler is None else float(scaler.scale(torch.ones(())))
+        parameter.grad = torch.full((4,), norm / 2 * scale)
+        before = state_of(optimizer)
+        record = clipper.clip_(optimizer, scaler)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+        after = state_of(optimizer)
+        moved = len(before) != len(after) or not all(map(torch.equal, before, after))
+        seen.append((bool(record.is_skipped), moved, float(parameter.grad.norm())))
+    return seen
+
+
+VARIANTS = [("norm", "skip", 0), ("value", "skip", 0), ("norm", "ignore", 40)]
+
+
+@pytest.mark.parametrize(("algorithm", "nonfinite", "warmup_steps"), VARIANTS)
+@every_optimizer
+def test_an_outlier_moves_nothing(form, optimizer_of, algorithm, nonfinite, warmup_steps):
+    norms = NORMS
     if nonfinite == "ignore":
         norms = [norm if math.isfinite(norm) else 1.0 for norm in norms]  # what is applied ruins the weights
-    arguments = {"gradient_clip_algorithm": algorithm, "nonfinite": nonfinite, "warmup_steps": warmup_steps}
-    clipper = GradientClipper(Percentile(50), window=WINDOW, skip_above=TIMES, **arguments)
-    seen = steps_of(clipper, optimizer_of(kind, fused), norms)
-    expected = left_out_of(norms, warmup_steps=warmup_steps)
+    clipper = clipper_of(gradient_clip_algorithm=algorithm, nonfinite=nonfinite, warmup_steps=warmup_steps)
+    seen = steps_of(clipper, optimizer_of(), norms)
+    expected = outliers_of(norms, warmup_steps)
     assert sum(expected) > MOST_IN_A_ROW
-    assert [left_out for left_out, _, _ in seen] == expected
-    for norm, bad, (_, moved, after) in zip(norms, expected, seen, strict=True):
-        assert moved == (not bad and math.isfinite(norm))
-        if bad:
-            assert after == pytest.approx(norm)  # whoever looks sees the gradient as it was
-    finite = [norm for norm in norms if 0 < norm < math.inf]
-    unit = 1.0 if algorithm == "norm" else 0.5
-    torch.testing.assert_close(clipper.history.recorded, torch.tensor(finite[-WINDOW:]) * unit)
+    assert [is_skipped for is_skipped, _, _ in seen] == expected
+    for norm, is_outlier, (_, moved, after) in zip(norms, expected, seen, strict=True):
+        assert moved == (not is_outlier and math.isfinite(norm))
+        if is_outlier:
+            assert after == pytest.approx(norm)  # the gradient stays readable, as it was
+    finite = np.array([norm for norm in norms if 0 < norm < math.inf])[-WINDOW:]
+    assert clipper.history.values.numpy() == pytest.approx(finite / (1 if algorithm == "norm" else 2), rel=1e-6)
 
 
-@FUSED
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_a_loss_scaler_does_not_back_off_for_them(form, fused, kind):
-    norms = norms_of_a_run()
+@every_optimizer
+def test_a_loss_scaler_keeps_its_scale(form, optimizer_of):
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10**6)
-    clipper = GradientClipper(Percentile(50), window=WINDOW, skip_above=TIMES)
-    seen = steps_of(clipper, optimizer_of(kind, fused), norms, scaler)
-    assert [left_out for left_out, _, _ in seen] == (expected := left_out_of(norms))
-    assert [moved for _, moved, _ in seen] == [
-        not bad and math.isfinite(norm) for bad, norm in zip(expected, norms, strict=True)
-    ]
+    seen = steps_of(clipper_of(), optimizer_of(), NORMS, scaler)
+    expected = outliers_of(NORMS)
+    assert [is_skipped for is_skipped, _, _ in seen] == expected
+    may_move = [not is_outlier and math.isfinite(norm) for is_outlier, norm in zip(expected, NORMS, strict=True)]
+    assert [moved for _, moved, _ in seen] == may_move
     assert scaler.get_scale() == 4.0 / 2**2  # of the NaN and of the infinity
 
 
 def test_norms_that_have_risen_for_good_are_trained_on():
-    norms = [1.0] * 50 + [100.0] * 100
-    seen = steps_of(GradientClipper(Percentile(50), window=None, skip_above=3), optimizer_of("sgd", False), norms)
-    assert [left_out for left_out, _, _ in seen] == [False] * 50 + [True] * MOST_IN_A_ROW + [False] * 95
+    seen = steps_of(clipper_of(3, window=None), optimizer_of(), [1.0] * 50 + [100.0] * 100)
+    assert [is_skipped for is_skipped, _, _ in seen] == [False] * 50 + [True] * MOST_IN_A_ROW + [False] * 95
 
 
-@pytest.mark.parametrize("target", ["parameters", "optimizer"])
-def test_parameters_alone_lose_the_gradients_of_such_a_step(target):
-    optimizer, clipper = optimizer_of("sgd", False), GradientClipper(Percentile(50), skip_above=3)
-    (parameter,) = optimizer.param_groups[0]["params"]
+def test_parameters_alone_lose_the_gradients_of_an_outlier():
+    clipper, parameter = clipper_of(), nn.Parameter(torch.ones(4))
     for norm in [1.0] * 30 + [10.0]:
         parameter.grad = torch.full((4,), norm)
-        record = clipper.clip_([parameter] if target == "parameters" else optimizer)
-        had = parameter.grad is not None
-        optimizer.step()
-    assert record.left_out == 1.0
-    assert had == (target == "optimizer")
+        record = clipper.clip_([parameter])
+    assert record.is_skipped is True
+    assert parameter.grad is None
 
 
-def test_a_step_too_large_in_one_group_is_left_out_of_all(form):
-    parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+@pytest.mark.parametrize("each_has_its_turn", [False, True])
+def test_an_outlier_in_one_group_skips_all_groups(form, each_has_its_turn):
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(3)]
     optimizer = SGD(parameters, lr=0.1, fused=True)
-    clippers = [GradientClipper(Percentile(50), skip_above=5) for _ in parameters]
-    for step in range(40):
-        for i, parameter in enumerate(parameters):
-            parameter.grad = torch.full((2,), 100.0 if step == 30 + i else 1.0)
+    clippers, skipped = [clipper_of(5, window=100) for _ in parameters], []
+    for step in range(50):
+        for i, parameter in enumerate(parameters):  # one after the other has an outlier, or they rise for good
+            start = 30 + (MOST_IN_A_ROW * i if each_has_its_turn else i)
+            is_large = step >= start if each_has_its_turn else step == start
+            parameter.grad = torch.full((2,), 100.0 if is_large else 1.0)
         before = [parameter.detach().clone() for parameter in parameters]
         records = clip_together_([(clipper, [i]) for i, clipper in enumerate(clippers)], optimizer)
         optimizer.step()
-        assert [bool(record.left_out) for record in records] == [step in (30, 31)] * 2
-        moved = [not torch.equal(old, new) for old, new in zip(before, parameters, strict=True)]
-        assert moved == [step not in (30, 31)] * 2
-
-
-def test_steps_in_a_row_are_counted_for_all_groups_alike(form):
-    parameters = [nn.Parameter(torch.ones(2)) for _ in range(3)]
-    optimizer = SGD(parameters, lr=0.1, fused=True)
-    clippers = [GradientClipper(Percentile(50), skip_above=5) for _ in parameters]
-    left_out = []
-    for step in range(50):
-        for i, parameter in enumerate(parameters):  # one after the other they rise for good
-            parameter.grad = torch.full((2,), 100.0 if step >= 30 + MOST_IN_A_ROW * i else 1.0)
-        records = clip_together_([(clipper, [i]) for i, clipper in enumerate(clippers)], optimizer)
-        optimizer.step()
-        left_out += [step for record in records[:1] if record.left_out]
-    assert left_out == list(range(30, 30 + MOST_IN_A_ROW))
+        moved = {not torch.equal(old, new) for old, new in zip(before, parameters, strict=True)}
+        assert {bool(record.is_skipped) for record in records} == {not moved.pop()}
+        assert not moved
+        skipped += [step] if records[0].is_skipped else []
+    assert skipped == list(range(30, 30 + (MOST_IN_A_ROW if each_has_its_turn else 3)))
 
 
 class Passing(Optimizer):
@@ -168,7 +171,7 @@ class Passing(Optimizer):
 
     def __init__(self, inner: Any) -> None:
         super().__init__(inner.param_groups, {})
-        self.inner, self.param_groups = inner, inner.param_groups
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, inner.state
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["inner"], name)
@@ -177,56 +180,39 @@ class Passing(Optimizer):
         return self.inner.step(closure)
 
 
-@FUSED
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_a_wrapper_that_passes_everything_on_leaves_steps_out_too(form, fused, kind):
-    norms = norms_of_a_run()
-    clipper = GradientClipper(Percentile(50), window=WINDOW, skip_above=TIMES)
-    seen = steps_of(clipper, Passing(optimizer_of(kind, fused)), norms)
-    expected = left_out_of(norms)
-    assert [moved for _, moved, _ in seen] == [
-        not bad and math.isfinite(norm) for bad, norm in zip(expected, norms, strict=True)
-    ]
+@every_optimizer
+def test_a_wrapper_that_passes_everything_on_skips_too(form, optimizer_of):
+    seen = steps_of(clipper_of(), Passing(optimizer_of()), NORMS)
+    expected = zip(outliers_of(NORMS), NORMS, strict=True)
+    assert [moved for _, moved, _ in seen] == [not outlier and math.isfinite(norm) for outlier, norm in expected]
 
 
-@ALGORITHMS
-def test_a_record_says_that_a_step_that_is_left_out_is_not_clipped(form, algorithm):
-    clipper = GradientClipper(Percentile(50), skip_above=3, gradient_clip_algorithm=algorithm)
-    optimizer = optimizer_of("sgd", True)
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_the_record_of_a_skipped_step_is_not_clipped(form, algorithm):
+    clipper, optimizer = clipper_of(3, gradient_clip_algorithm=algorithm), optimizer_of(fused=True)
+    steps_of(clipper, optimizer, [2.0] * 30)
     (parameter,) = optimizer.param_groups[0]["params"]
-    for norm in [1.0] * 30 + [10.0]:
-        parameter.grad = torch.full((4,), norm)
-        record = clipper.clip_(optimizer)
-        optimizer.step()
-    assert record.left_out == 1.0
-    assert float(record.clipped_norm) == pytest.approx(20.0)
+    parameter.grad = torch.full((4,), 10.0)
+    clipper.clip_(optimizer)
+    record = clipper.commit()
+    assert record.is_skipped is True
+    assert record.clipped_norm == pytest.approx(20.0)
     assert torch.equal(parameter.grad, torch.full((4,), 10.0))
 
 
-@pytest.mark.parametrize("cut", [25, 47, 62, 63, 66])
-def test_a_clipper_that_is_saved_and_loaded_goes_on_alike(form, cut):
-    norms = norms_of_a_run()
-    whole, half, rest = (GradientClipper(Percentile(50), window=WINDOW, skip_above=TIMES) for _ in range(3))
-    optimizers = [optimizer_of("adamw", True) for _ in range(3)]
-    expected = steps_of(whole, optimizers[0], norms)
-    first = steps_of(half, optimizers[1], norms[:cut])
+@pytest.mark.parametrize("cut", [47, 63], ids=["after two outliers", "in the middle of seven"])
+def test_a_clipper_that_is_saved_and_loaded_skips_the_same_steps(form, cut):
+    half, rest = clipper_of(), clipper_of()
+    seen = steps_of(half, optimizer_of("adamw", fused=True), NORMS[:cut])
     rest.load_state_dict(half.state_dict())
-    second = steps_of(rest, optimizers[2], norms[cut:])
-    assert [left_out for left_out, _, _ in first + second] == [left_out for left_out, _, _ in expected]
+    seen += steps_of(rest, optimizer_of("adamw", fused=True), NORMS[cut:])
+    assert [is_skipped for is_skipped, _, _ in seen] == outliers_of(NORMS)
 
 
-@pytest.mark.parametrize(
-    ("value", "error"),
-    [(0.5, ValueError), (0, ValueError), (math.nan, ValueError), ("3", TypeError), (True, TypeError)],
-)
-def test_another_limit_is_refused(value, error):
+@pytest.mark.parametrize(("value", "error"), [(0.5, ValueError), (math.nan, ValueError), ("3", TypeError)])
+def test_a_value_that_is_no_multiple_raises(value, error):
     with pytest.raises(error, match="Expected `skip_above` to be a number of at least 1"):
         AutoClip(skip_above=value)
-
-
-def test_without_it_a_step_has_the_operations_that_it_had():
-    assert GradientClipper(Percentile(50)).outliers.is_on is False
-    assert AutoClip().settings["skip_above"] is None
 
 
 # --- in a Trainer -----------------------------------------------------------------------------------------------------
@@ -236,81 +222,82 @@ ROWS[100:104] = ROWS[200:204] = [300.0] * 4  # steps 25 and 50 of batches of fou
 
 
 def autoclip_of(**kwargs: Any) -> AutoClip:
-    return AutoClip(50, skip_above=10, **{"max_update_ratio": None, "verbose": False, **kwargs})
+    return by_percentile(50, skip_above=10, **{"verbose": False, **kwargs})
 
 
-def fit(autoclip: AutoClip, *callbacks: Any, fused: bool = False, ckpt_path: Any = None, **kwargs: Any) -> Net:
+def fit(autoclip: AutoClip, *callbacks: Any, fused: bool = False, rows: Any = ROWS, ckpt_path: Any = None, **kwargs):
     model = Net(partial(SGD, lr=0.01, momentum=0.9, fused=fused))
-    run = trainer(autoclip, *callbacks, log_every_n_steps=20, **kwargs)
-    run.fit(model, loader(n=320, scales=ROWS), ckpt_path=ckpt_path)
-    return model
+    run = trainer(autoclip, *callbacks, **{"log_every_n_steps": 20, **kwargs})
+    run.fit(model, loader(n=len(rows), scales=rows), ckpt_path=ckpt_path)
+    return weights(model)
 
 
-@ALGORITHMS
-@FUSED
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_a_trainer_leaves_them_out_and_tells(tmp_path, algorithm, fused, precision, capsys):
-    logger = CSVLogger(tmp_path, name="", version="run")
+RUNS = [
+    ("norm", False, "32-true"),
+    ("value", True, "32-true"),
+    ("norm", True, "bf16-mixed"),
+    ("norm", False, "16-mixed"),
+    ("value", True, "16-mixed"),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "fused", "precision"), RUNS)
+def test_a_trainer_skips_outliers_and_reports_them(tmp_path, algorithm, fused, precision, capsys):
     autoclip = autoclip_of(gradient_clip_algorithm=algorithm, verbose=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=10**6)
     plugin = MixedPrecision("16-mixed", "cpu", scaler) if precision == "16-mixed" else None
     others = {"plugins": plugin} if plugin else {"precision": precision}
-    fit(autoclip, fused=fused, logger=logger, **others)
-    rows = read_csv(tmp_path / "run" / "metrics.csv")
-    assert [float(row["autoclip/skipped_total"]) for row in rows if row["autoclip/skipped_total"]] == [0, 1, 2, 2]
-    assert all(float(row["autoclip/grad_norm_clipped"]) < 10 for row in rows if row["autoclip/grad_norm_clipped"])
-    told = {spike["step"]: spike for spike in autoclip.spikes()}
-    assert {step for step, spike in told.items() if spike["left_out"]} == {25, 50}
-    assert (told[25]["batches"], math.isnan(told[25]["clip_coef"])) == ("25", True)
+    fit(autoclip, fused=fused, logger=CSVLogger(tmp_path, name="", version=""), **others)
+    rows = read_rows(tmp_path / "metrics.csv")
+    assert [row["autoclip/skipped_total"] for row in rows if "autoclip/skipped_total" in row] == [0, 1, 2, 2]
+    assert all(row["autoclip/grad_norm_clipped"] < 10 for row in rows if "autoclip/grad_norm_clipped" in row)
+    spikes = {spike["step"]: spike for spike in autoclip.spikes()}
+    assert {step: spike["skipped"] for step, spike in spikes.items() if spike["skipped"]} == {
+        25: "outlier",
+        50: "outlier",
+    }
+    assert (spikes[25]["batches"], math.isnan(spikes[25]["clip_coef"])) == ("25", True)
     (section,) = autoclip.report().sections
-    assert (section.figures.left_out, section.figures.nonfinite) == (2, 0)
-    assert [verdict.name for verdict in section.verdicts if "left out" in verdict.name] == ["many steps left out"]
-    assert "2 steps left out, far above the typical norm" in " ".join(capsys.readouterr().out.split())
+    assert (section.figures.skipped, section.figures.nonfinite) == (2, 0)
+    assert "many steps skipped" in [diagnosis.name for diagnosis in section.diagnoses]
+    assert "2 steps skipped as outliers" in " ".join(capsys.readouterr().out.split())
     assert scaler.get_scale() == 8.0
 
 
-def test_it_trains_where_the_two_batches_ruin_it_else():
-    with_it, without = autoclip_of(), AutoClip(100, verbose=False)
-    left_out, applied = weights(fit(with_it)), weights(fit(without))
-    clean = Net(partial(SGD, lr=0.01, momentum=0.9))
-    trainer(AutoClip(50, max_update_ratio=None, verbose=False)).fit(clean, loader(n=320))
-    assert (left_out - weights(clean)).norm() < 0.2 * (applied - weights(clean)).norm()
+def test_it_trains_where_the_two_batches_ruin_it_otherwise():
+    skipped, applied = fit(autoclip_of()), fit(AutoClip(100, verbose=False))
+    clean = fit(by_percentile(50, verbose=False), rows=[1.0] * 320)
+    assert (skipped - clean).norm() < 0.2 * (applied - clean).norm()
 
 
 def test_rows_without_it_have_no_such_key(tmp_path):
-    fit(by_percentile(50, verbose=False), logger=CSVLogger(tmp_path, name="", version="run"))
-    assert not any("skipped_total" in key for row in read_csv(tmp_path / "run" / "metrics.csv") for key in row)
+    fit(by_percentile(50, verbose=False), logger=CSVLogger(tmp_path, name="", version=""))
+    rows = read_rows(tmp_path / "metrics.csv")
+    assert rows
+    assert not any("skipped" in key for row in rows for key in row)
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_a_resumed_run_takes_the_same_steps_and_counts_on(tmp_path, epochs):
-    def fit_epochs(autoclip: AutoClip, until: int, *callbacks: Any, **kwargs: Any) -> torch.Tensor:
-        model = Net(partial(SGD, lr=0.01, momentum=0.9))
-        run = trainer(autoclip, *callbacks, max_epochs=until, enable_checkpointing=bool(callbacks))
-        run.fit(model, loader(n=104, scales=ROWS[:104]), **kwargs)  # the last batch of each epoch is left out
-        return weights(model)
-
+def test_a_resumed_run_takes_the_same_steps_and_counts_on(tmp_path):
+    """The last batch of each epoch is skipped."""
+    path, rows = tmp_path / "end.ckpt", ROWS[:104]
     whole, resumed = autoclip_of(), autoclip_of()
-    expected = fit_epochs(whole, 3)
-    fit_epochs(autoclip_of(), epochs, ModelCheckpoint(tmp_path, filename="end"))
-    assert torch.equal(fit_epochs(resumed, 3, ckpt_path=tmp_path / "end.ckpt"), expected)
-    assert resumed.report().sections[0].figures.left_out == 3
+    expected = fit(whole, rows=rows, max_epochs=3)
+    fit(autoclip_of(), ModelCheckpoint(tmp_path, "end"), rows=rows, max_epochs=1, enable_checkpointing=True)
+    assert torch.equal(fit(resumed, rows=rows, max_epochs=3, ckpt_path=path), expected)
+    assert resumed.report().sections[0].figures.skipped == 3
     assert resumed.report() == whole.report()
-    assert repr(resumed.spikes()) == repr(whole.spikes())  # of which some factors are NaN
+    assert repr(resumed.spikes()) == repr(whole.spikes())  # of which some coefficients are NaN
+    with pytest.warns(UserWarning, match=r"continues with: skip_above 10\.0 → None"):
+        fit(by_percentile(50, verbose=False), rows=rows, max_epochs=2, ckpt_path=path)
 
 
-def test_another_limit_at_a_resume_is_told(tmp_path):
-    saving = ModelCheckpoint(tmp_path, every_n_train_steps=30, filename="half")
-    fit(autoclip_of(), saving, max_steps=30, enable_checkpointing=True)
-    with pytest.warns(UserWarning, match="skip_above=10.0; this run goes on with skip_above=None"):
-        fit(by_percentile(50, verbose=False), ckpt_path=tmp_path / "half.ckpt")
-
+# --- on two processes -------------------------------------------------------------------------------------------------
 
 FACTORS = [100.0 if row in range(208, 216) else 1.0 + row % 3 for row in range(320)]  # step 26 of batches of eight
 
 
 class Many(Batches):
-    """More batches than the others have: nothing is left out before step 20."""
+    """More batches than the others have: nothing is skipped before step 20."""
 
     def __init__(self) -> None:
         super().__init__(FACTORS[:80])
@@ -319,11 +306,10 @@ class Many(Batches):
 
 def train(strategy: Any = "auto", net: type[Net] = Net, devices: int = 1) -> dict[str, Any]:
     torch.manual_seed(0)
-    autoclip = autoclip_of()
     watch = Figures("autoclip/grad_norm", "autoclip/threshold", "autoclip/skipped_total")
     watch.on_train_end = lambda trainer, module: setattr(watch, "weights", whole_weights(trainer.strategy.model))
     run = trainer(
-        autoclip, watch, strategy=strategy, devices=devices, log_every_n_steps=1, use_distributed_sampler=False
+        autoclip_of(), watch, strategy=strategy, devices=devices, log_every_n_steps=1, use_distributed_sampler=False
     )
     run.fit(net(partial(SGD, lr=0.02, momentum=0.9)), datamodule=Many())
     return {"steps": torch.tensor(list(watch.steps.values())), "weights": watch.weights}
@@ -345,13 +331,18 @@ def ranks(two_ranks):
     return two_ranks.start({name: partial(on_two, name) for name in ("ddp", *SHARED)})
 
 
+@pytest.fixture(scope="module")
+def one():
+    """What one process saw."""
+    return train()
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", ["ddp", *SHARED])
-def test_two_processes_leave_out_what_one_does(name, ranks):
+def test_two_processes_skip_what_one_does(name, ranks, one):
     first, second = ranks(name)
     assert torch.equal(first["steps"], second["steps"])
-    one = train()
     torch.testing.assert_close(first["steps"], one["steps"], rtol=1e-5, atol=1e-6)
     assert one["steps"][:, 2].tolist() == [0.0] * 26 + [1.0] * 14
-    theirs = {key.removeprefix("module."): value for key, value in first["weights"].items()}
-    torch.testing.assert_close(theirs, one["weights"], rtol=0, atol=1e-5)
+    weights_of_two = {key.removeprefix("module."): value for key, value in first["weights"].items()}
+    torch.testing.assert_close(weights_of_two, one["weights"], rtol=0, atol=1e-5)

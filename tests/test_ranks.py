@@ -1,4 +1,4 @@
-"""The two processes of the distributed tests: what becomes of one run is told by its own test and by no other."""
+"""The two processes of the distributed tests: a run that fails fails its own test and no other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def failing(how):
     return rank_sum()
 
 
-def test_a_run_that_raises_or_aborts_says_so_and_the_others_go_on(tmp_path):
+def test_a_run_that_raises_or_aborts_says_so_and_the_others_continue(tmp_path):
     ranks = TwoRanks(tmp_path)
     raising, aborting = partial(failing, partial(int, "no number")), partial(failing, os.abort)
     results = ranks.start({"sum": rank_sum, "raising": raising, "aborting": aborting, "sum again": rank_sum})

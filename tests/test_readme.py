@@ -27,12 +27,10 @@ def test_every_python_block_runs(page):
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_every_file_that_is_named_exists(page):
     text = page.read_text()
-    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
-        assert (page.parent / target).exists(), target
     for target in re.findall(r"`(tests/[\w./]+)`", text):
         assert (ROOT / target).exists(), target
     for target in re.findall(r"`(\w+\.py)`", text):
-        assert any((ROOT / folder / target).exists() for folder in ("examples", "lightning_autoclip")), target
+        assert any([*(ROOT / folder).rglob(target)] for folder in ("examples", "lightning_autoclip")), target
 
 
 def test_every_make_target_that_is_named_exists():

@@ -1,4 +1,4 @@
-"""The report, on real trainings: what a sick one shows is said, and a healthy one is left in peace."""
+"""The report on real runs: each diagnosis appears where it should, and none on a healthy run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_autoclip import AutoClip, Constant, GradientClipping
-from lightning_autoclip.monitoring.report import report_of
-from lightning_autoclip.monitoring.summary import Point
-from lightning_autoclip.monitoring.trace import Trace
-from lightning_autoclip.monitoring.verdicts import LEAST_STEPS
+from lightning_autoclip import AutoClip, Constant, GradientClipping, StepRecord
+from lightning_autoclip.diagnoses import LEAST_STEPS
+from lightning_autoclip.report import report_of
+from lightning_autoclip.steplog import StepLog
+from lightning_autoclip.table import Place
 
 Data = tuple[Tensor, Tensor]
+NOTHING = "no problems found in the gradient norms"
 
 
 class Task(LightningModule):
@@ -48,7 +49,7 @@ class Task(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-# --- networks ---------------------------------------------------------------------------------------------------------
+# --- networks and data ------------------------------------------------------------------------------------------------
 
 
 def mlp(*sizes: int, act: type[nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -83,9 +84,6 @@ class Transformer(nn.Module):
         return self.head(self.encoder(self.embedding(x) + self.position, mask=mask, is_causal=True)).mT
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
-
 def regression(n: int) -> Data:
     x, teacher = torch.randn(n, 16), mlp(16, 32, 1, act=nn.Tanh)
     return x, 3 * teacher(x).detach() + 0.1 * torch.randn(n, 1)
@@ -111,6 +109,18 @@ def text(n: int, vocabulary: int = 24) -> Data:
     return drawn[:, :-1], drawn[:, 1:]
 
 
+def multiplied(batches: dict[int, float]) -> Callable[[int], Data]:
+    """The regression with the inputs of some batches of 16 rows multiplied by a factor."""
+
+    def made(n):
+        x, y = regression(n)
+        for batch, factor in batches.items():
+            x[16 * batch : 16 * (batch + 1)] *= factor
+        return x, y
+
+    return made
+
+
 TASKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Data], Callable[..., Tensor]]] = {
     "regression": (lambda: mlp(16, 64, 64, 1), regression, mse_loss),
     "deep regression": (lambda: mlp(16, *[64] * 7, 1, act=nn.Tanh), regression, mse_loss),
@@ -119,7 +129,6 @@ TASKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Data], Callable[
     "lstm": (LSTM, text, cross_entropy),
     "transformer": (Transformer, text, cross_entropy),
 }
-SGD_RATES = {"lstm": 0.5, "transformer": 0.05}
 
 
 def optimizer(name: str, lr: float) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
@@ -134,7 +143,6 @@ def train(
     opt: str = "SGD",
     lr: float = 0.02,
     *,
-    seed: int = 0,
     net: Callable[[], nn.Module] | None = None,
     data: Callable[[int], Data] | None = None,
     loss: Callable[..., Tensor] | None = None,
@@ -146,7 +154,7 @@ def train(
     **kwargs: Any,
 ) -> Task:
     """240 steps, if nothing else is said."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     usual_net, usual_data, usual_loss = TASKS[task]
     rows = DataLoader(TensorDataset(*(data or usual_data)(n)), batch_size, shuffle=shuffle)
     module = Task((net or usual_net)(), loss or usual_loss, optimizer(opt, lr), warm_up)
@@ -155,125 +163,98 @@ def train(
 
 
 def names(clipping: GradientClipping) -> list[str]:
-    return [verdict.name for verdict in clipping.report().verdicts]
+    return [diagnosis.name for diagnosis in clipping.report().diagnoses]
 
 
 def evidence(clipping: GradientClipping, name: str) -> str:
-    return next(verdict.evidence for verdict in clipping.report().verdicts if verdict.name == name)
+    return next(diagnosis.evidence for diagnosis in clipping.report().diagnoses if diagnosis.name == name)
 
 
 # --- healthy runs -----------------------------------------------------------------------------------------------------
 
-HEALTHY = [  # task, optimizer, percentile, algorithm, steps of warm-up
-    ("regression", "SGD", 10, "norm", 0),
-    ("regression", "Adam", 50, "value", 50),
-    ("deep regression", "AdamW", 10, "norm", 50),
-    ("deep regression", "SGD", 90, "norm", 0),
-    ("classification", "SGD", 50, "norm", 50),
-    ("classification", "AdamW", 10, "value", 0),
-    ("conv", "SGD", 10, "norm", 0),
-    ("conv", "Adam", 90, "value", 50),
-    ("lstm", "SGD", 50, "value", 0),
-    ("lstm", "Adam", 90, "norm", 0),
-    ("transformer", "AdamW", 10, "norm", 50),
-    ("transformer", "SGD", 90, "value", 0),
+HEALTHY = [  # task, optimizer, learning rate, percentile, algorithm, steps of the learning-rate warm-up
+    ("regression", "SGD", 0.02, 10, "norm", 0),
+    ("lstm", "SGD", 0.5, 50, "value", 0),
+    ("lstm", "Adam", 2e-3, 90, "norm", 0),
+    ("conv", "Adam", 2e-3, 90, "value", 50),
+    ("deep regression", "AdamW", 2e-3, 10, "norm", 50),
+    ("transformer", "AdamW", 2e-3, 10, "norm", 50),
+    ("classification", "AdamW", 2e-3, 10, "value", 0),
 ]
 
 
-@pytest.mark.parametrize(("task", "opt", "percentile", "algorithm", "warm_up"), HEALTHY)
-def test_a_healthy_run_is_called_healthy(task, opt, percentile, algorithm, warm_up):
+@pytest.mark.parametrize(("task", "opt", "lr", "percentile", "algorithm", "warm_up"), HEALTHY)
+def test_a_healthy_run_has_no_diagnosis(task, opt, lr, percentile, algorithm, warm_up):
     clipping = AutoClip(percentile, gradient_clip_algorithm=algorithm)
-    lr = SGD_RATES.get(task, 0.02) if opt == "SGD" else 2e-3
     module = train(clipping, task, opt, lr, warm_up=warm_up)
     assert np.mean(module.losses[-20:]) < 0.7 * np.mean(module.losses[:5])  # it learns
-    assert clipping.report().healthy, str(clipping.report())
-    assert clipping.report().summary == "healthy"
-    assert str(clipping.report()).endswith("Healthy.")
+    assert not clipping.report().diagnoses, str(clipping.report())
+    assert clipping.report().summary == NOTHING
+    assert " ".join(str(clipping.report()).split()).endswith("No problems found in the gradient norms.")
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_norms_that_fall_by_more_than_a_tenth_are_healthy(seed):
-    clipping = AutoClip(50)
-    train(clipping, "classification", seed=seed)
-    figures = clipping.report().sections[0].figures
-    assert figures.norm_last < 0.1 * figures.norm_first
-    assert clipping.report().healthy, str(clipping.report())
-
-
-def pretrained(frozen: bool) -> nn.Sequential:
-    """A classifier of other classes than those to come, with a new head."""
+def pretrained() -> nn.Sequential:
+    """A classifier of other classes than those to come, with a new head, which alone is to be trained."""
     net, (x, y) = mlp(16, 64, 64, 8), classification(640)
     adam = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in range(100):
         adam.zero_grad()
         cross_entropy(net(x), y).backward()
         adam.step()
-    net[:-1].requires_grad_(not frozen)
+    net[:-1].requires_grad_(False)
     net[-1] = nn.Linear(64, 8)
     return net
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["all of it", "the head alone"])
-@pytest.mark.parametrize("percentile", [10, 90])
-def test_fine_tuning_is_healthy(percentile, frozen):
-    clipping = AutoClip(percentile)
-    opt, lr = ("SGD", 0.02) if frozen else ("AdamW", 3e-4)
-    train(clipping, "classification", opt, lr, net=lambda: pretrained(frozen))
-    assert clipping.report().healthy, str(clipping.report())
+UNUSUAL: dict[str, Callable[[AutoClip], Any]] = {
+    "norms that fall by more than a tenth": lambda clipping: train(clipping, "classification"),
+    "fine-tuning of the head alone": lambda clipping: train(clipping, "classification", net=pretrained),
+    "batches of one row": lambda clipping: train(clipping, lr=0.002, n=300, batch_size=1, epochs=1),
+}
 
 
-@pytest.mark.parametrize("percentile", [10, 90])
-def test_norms_that_rise_slowly_are_healthy_though_they_are_clipped_often(percentile):
-    clipping = AutoClip(percentile)
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_an_unusual_run_that_is_healthy_has_no_diagnosis(case):
+    clipping = AutoClip(50)
+    UNUSUAL[case](clipping)
+    assert not clipping.report().diagnoses, str(clipping.report())
+    figures = clipping.report().sections[0].figures
+    assert case != "norms that fall by more than a tenth" or figures.norm_last < 0.1 * figures.norm_first
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 120])
+def test_norms_that_rise_slowly_have_no_diagnosis_though_they_are_clipped_often(warmup_steps):
+    clipping = AutoClip(90, warmup_steps=warmup_steps)
     train(clipping, "lstm", "Adam", 2e-3, net=lambda: LSTM(500), data=lambda n: text(n, 500))
     figures = clipping.report().sections[0].figures
-    assert figures.clipped_fraction > figures.expected_fraction + 0.05
-    assert clipping.report().healthy, str(clipping.report())
+    assert figures.clipped_fraction > figures.expected_fraction + 0.05 * (1 - warmup_steps / 240)
+    assert not clipping.report().diagnoses, str(clipping.report())
 
 
-@pytest.mark.parametrize("percentile", [10, 90])
-def test_batches_of_one_row_are_healthy(percentile):
-    clipping = AutoClip(percentile)
-    train(clipping, lr=0.002, n=300, batch_size=1, epochs=1)
-    assert clipping.report().healthy, str(clipping.report())
+# --- a bad run for each diagnosis -------------------------------------------------------------------------------------
 
 
-# --- sick runs --------------------------------------------------------------------------------------------------------
+def test_a_learning_rate_that_is_far_too_high_shows_in_growing_norms_unless_the_update_ratio_is_limited():
+    unlimited, limited = by_percentile(50), AutoClip(50)
+    for clipping in (unlimited, limited):
+        train(clipping, "transformer", "SGD", 3.0)
+    assert {"growing norms", "clipped far more often than the percentile implies"} <= set(names(unlimited))
+    assert "learning rate too high" in names(limited)
+    assert "growing norms" not in names(limited)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("percentile", [10, 50])
-def test_a_learning_rate_that_is_far_too_high_is_seen_in_growing_norms(percentile, seed):
-    clipping = by_percentile(percentile)
-    train(clipping, "transformer", "SGD", 3.0, seed=seed)
+@pytest.mark.parametrize(("percentile", "warmup_steps", "expected"), [(10, 0, "90%"), (90, 120, "5%")])
+def test_an_unbounded_loss_shows_in_growing_norms(percentile, warmup_steps, expected):
+    clipping = AutoClip(percentile, warmup_steps=warmup_steps)
+    train(clipping, opt="Adam", lr=2e-3, loss=lambda predicted, y: -mse_loss(predicted, y))
     assert {"growing norms", "clipped far more often than the percentile implies"} <= set(names(clipping))
+    evidence_of_clipping = evidence(clipping, "clipped far more often than the percentile implies")
+    assert evidence_of_clipping.endswith(f"of the steps were clipped, where {expected} are expected.")
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("percentile", [10, 50, 90])
-def test_with_the_weights_as_a_bound_it_is_called_by_its_name_and_norms_do_not_grow(percentile, seed):
-    clipping = AutoClip(percentile)
-    train(clipping, "transformer", "SGD", 3.0, seed=seed)
-    assert "learning rate too high" in names(clipping)
-    assert "growing norms" not in names(clipping)
-
-
-@pytest.mark.parametrize("percentile", [10, 50, 90])
-def test_a_loss_without_a_floor_is_seen_in_growing_norms(percentile):
-    def of_the_wrong_sign(predicted, y):
-        return -mse_loss(predicted, y)
-
-    clipping = AutoClip(percentile)
-    train(clipping, opt="Adam", lr=2e-3, loss=of_the_wrong_sign)
-    assert {"growing norms", "clipped far more often than the percentile implies"} <= set(names(clipping))
-    expected = {10: "90%", 50: "50%", 90: "10%"}[percentile]
-    assert f"{expected} are to be expected" in evidence(clipping, "clipped far more often than the percentile implies")
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_norms_that_grew_and_fell_again_are_seen(seed):
+def test_norms_that_grew_and_fell_again_are_diagnosed():
     clipping = AutoClip(90)
-    train(clipping, "transformer", "AdamW", 10.0, seed=seed)
+    train(clipping, "transformer", "AdamW", 10.0)
     figures = clipping.report().sections[0].figures
     assert figures.norm_last < figures.norm_first
     assert "growing norms" in names(clipping)
@@ -286,17 +267,14 @@ def scaled(net: nn.Sequential, layer: int, factor: float) -> nn.Sequential:
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_layer_that_starts_a_hundred_times_too_large_is_seen_in_the_one_that_holds_the_norm(seed, algorithm):
+def test_a_layer_that_starts_a_hundred_times_too_large_makes_one_layer_dominate(algorithm):
     clipping = AutoClip(50, gradient_clip_algorithm=algorithm)
-    train(clipping, opt="Adam", lr=2e-3, seed=seed, net=lambda: scaled(mlp(16, 64, 1), 0, 100.0))
-    assert "one layer holds the norm" in names(clipping)
-    assert evidence(clipping, "one layer holds the norm").startswith("net.2 holds ")  # its inputs are too large
+    train(clipping, opt="Adam", lr=2e-3, net=lambda: scaled(mlp(16, 64, 1), 0, 100.0))
+    assert evidence(clipping, "one layer dominates the gradient norm").startswith("net.2 has ")  # its inputs are large
 
 
-@pytest.mark.parametrize("opt", ["SGD", "Adam"])
-@pytest.mark.parametrize("act", [nn.Sigmoid, nn.Tanh])
-def test_vanishing_gradients_of_a_deep_network_are_seen(act, opt):
+@pytest.mark.parametrize(("act", "opt", "lr"), [(nn.Sigmoid, "SGD", 0.02), (nn.Tanh, "Adam", 1e-3)])
+def test_vanishing_gradients_of_a_deep_network_are_diagnosed(act, opt, lr):
     def deep():
         net = mlp(16, *[32] * 12, 8, act=act)
         for layer in net if act is nn.Tanh else ():
@@ -305,26 +283,23 @@ def test_vanishing_gradients_of_a_deep_network_are_seen(act, opt):
         return net
 
     clipping = AutoClip(50)
-    module = train(clipping, "classification", opt, {"SGD": 0.02, "Adam": 1e-3}[opt], net=deep)
+    module = train(clipping, "classification", opt, lr, net=deep)
     assert np.mean(module.losses[-20:]) > 0.9 * math.log(8)  # it learns nothing
-    assert "vanishing gradients" in names(clipping)
     assert "net.0.weight" in evidence(clipping, "vanishing gradients")
 
 
-@pytest.mark.parametrize(("opt", "lr"), [("SGD", 5.0), ("Adam", 0.3)])
-@pytest.mark.parametrize("output", [nn.ReLU, nn.Sigmoid])
-def test_units_that_die_or_saturate_are_seen_in_vanishing_norms(output, opt, lr):
+def test_units_that_die_show_in_vanishing_norms():
     def positive(n):
         x, y = regression(n)
-        return x, y.abs() if output is nn.ReLU else (y > y.median() - 1).float()
+        return x, y.abs()
 
     clipping = by_percentile(50)
-    train(clipping, opt=opt, lr=lr, net=lambda: nn.Sequential(*mlp(16, 64, 64, 1), output()), data=positive)
+    train(clipping, lr=5.0, net=lambda: nn.Sequential(*mlp(16, 64, 64, 1), nn.ReLU()), data=positive)
     assert names(clipping) == ["vanishing norms"]
     assert "exactly zero" in evidence(clipping, "vanishing norms")
 
 
-def test_a_loss_that_is_solved_is_seen_in_vanishing_norms():
+def test_a_loss_that_is_solved_shows_in_vanishing_norms():
     clipping = AutoClip(50)
     net = lambda: scaled(mlp(16, 64, 64, 8), 2, 100.0)  # noqa: E731
     module = train(clipping, "classification", lr=1e-3, net=net, batch_size=64, n=1280, epochs=12)
@@ -332,78 +307,44 @@ def test_a_loss_that_is_solved_is_seen_in_vanishing_norms():
     assert "vanishing norms" in names(clipping)
 
 
-def poisoned(batches: dict[int, float], data: Callable[[int], Data], of_targets: bool = False) -> Callable[[int], Data]:
-    """The inputs, or the targets, of some batches of 16 rows multiplied by a factor."""
-
-    def made(n):
-        x, y = data(n)
-        for batch, factor in batches.items():
-            (y if of_targets else x)[16 * batch : 16 * (batch + 1)] *= factor
-        return x, y
-
-    return made
-
-
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
-@pytest.mark.parametrize("percentile", [10, 50, 90])
-@pytest.mark.parametrize("of_targets", [False, True], ids=["inputs", "targets"])
-def test_poisoned_batches_are_seen_as_spikes_that_are_named(of_targets, percentile, algorithm):
-    clipping = AutoClip(percentile, gradient_clip_algorithm=algorithm)
-    data = poisoned({20: 200.0, 31: 1000.0}, regression, of_targets)
-    train(clipping, data=data, epochs=3, shuffle=False)
+def test_spikes_name_the_batch_and_the_parameters(algorithm):
+    clipping = AutoClip(gradient_clip_algorithm=algorithm)
+    train(clipping, data=multiplied({20: 200.0, 31: 1000.0}), epochs=3, shuffle=False)
     assert evidence(clipping, "spikes").startswith("6 of the 20 largest norms ")  # two batches, three epochs
     assert ", batch 31)" in evidence(clipping, "spikes")
     assert "net.4.weight" in evidence(clipping, "spikes")
 
 
-def test_a_poisoned_batch_of_accumulated_ones_is_named_with_its_window():
+def test_a_spike_of_accumulated_batches_is_named_with_its_window():
     clipping = AutoClip(50)
-    train(clipping, data=poisoned({30: 300.0}, regression), epochs=8, shuffle=False, accumulate_grad_batches=4)
+    train(clipping, data=multiplied({30: 300.0}), epochs=8, shuffle=False, accumulate_grad_batches=4)
     assert ", batch 28 to 31)" in evidence(clipping, "spikes")
 
 
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_a_nan_in_a_batch_is_seen_and_named(algorithm):
-    clipping = AutoClip(gradient_clip_algorithm=algorithm)
-    train(clipping, data=poisoned({7: math.nan}, regression), epochs=2, shuffle=False)
-    assert names(clipping) == ["non-finite gradients"]
-    assert evidence(clipping, "non-finite gradients").startswith("2 of 80 steps had a NaN or an infinity")
-    assert "first at step 7 (epoch 0, batch 7) in net.0.weight" in evidence(clipping, "non-finite gradients")
-
-
-def with_scaler(init_scale: float, growth_interval: int = 2000) -> dict[str, Any]:
-    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=growth_interval)
+def with_scaler(init_scale: float) -> dict[str, Any]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale)
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
 
 
-def test_the_overflows_by_which_a_loss_scaler_finds_its_scale_are_healthy():
-    clipping = AutoClip(50)
-    train(clipping, **with_scaler(2.0**30))
-    assert 5 < clipping.report().sections[0].figures.nonfinite <= 20
-    assert clipping.report().healthy, str(clipping.report())
+def test_a_loss_scaler_may_have_the_overflows_by_which_it_finds_its_scale_and_no_more():
+    usual, many = AutoClip(50), AutoClip(50)
+    train(usual, **with_scaler(2.0**30))
+    assert 5 < usual.report().sections[0].figures.nonfinite <= 20
+    assert not usual.report().diagnoses, str(usual.report())
+    train(many, data=multiplied(dict.fromkeys(range(5, 40, 5), math.inf)), shuffle=False, **with_scaler(1024.0))
+    assert "non-finite gradients" in names(many)
 
 
-def test_more_overflows_than_a_loss_scaler_needs_are_seen():
-    clipping = AutoClip(50)
-    data = poisoned(dict.fromkeys(range(5, 40, 5), math.inf), regression)
-    train(clipping, data=data, shuffle=False, **with_scaler(1024.0))
-    assert "non-finite gradients" in names(clipping)
-
-
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_a_threshold_that_is_far_too_low_is_seen_in_steps_cut_to_a_fraction(algorithm):
-    clipping = GradientClipping(Constant(1e-4), gradient_clip_algorithm=algorithm)
-    train(clipping)
-    assert names(clipping) == ["steps cut to a fraction"]
+def test_a_threshold_that_is_far_too_low_is_over_clipping_by_value_too():
+    clipping = GradientClipping(Constant(1e-4), gradient_clip_algorithm="value")
+    train(clipping, epochs=2)
+    assert names(clipping) == ["over-clipping"]
     assert clipping.report().sections[0].figures.clip_coef_mean < 0.1
 
 
-# --- the warm-up ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("percentile", [10, 50, 90])
-@pytest.mark.parametrize("warmup_steps", [0, 60, 240, 1000])
-def test_clipping_is_expected_of_the_steps_after_the_warm_up_alone(warmup_steps, percentile):
+@pytest.mark.parametrize(("percentile", "warmup_steps"), [(10, 60), (90, 0), (50, 1000)])
+def test_clipping_is_expected_only_of_the_steps_after_the_warm_up(percentile, warmup_steps):
     clipping = AutoClip(percentile, warmup_steps=warmup_steps)
     train(clipping, "regression", "AdamW", 1e-4)  # so slow that the norms have one distribution all along
     figures = clipping.report().sections[0].figures
@@ -411,16 +352,6 @@ def test_clipping_is_expected_of_the_steps_after_the_warm_up_alone(warmup_steps,
     assert figures.expected_fraction == pytest.approx(expected)
     assert abs(figures.clipped_fraction - expected) < 0.05
     assert f"({expected:.0%} expected at percentile {percentile})" in " ".join(str(clipping.report()).split())
-
-
-@pytest.mark.parametrize("percentile", [10, 50, 90])
-def test_a_loss_without_a_floor_is_seen_after_a_warm_up_too(percentile):
-    clipping = AutoClip(percentile, warmup_steps=120)
-    train(clipping, opt="Adam", lr=2e-3, loss=lambda predicted, y: -mse_loss(predicted, y))
-    assert "clipped far more often than the percentile implies" in names(clipping)
-    calm = AutoClip(percentile, warmup_steps=120)
-    train(calm, "lstm", "Adam", 2e-3, net=lambda: LSTM(500), data=lambda n: text(n, 500))
-    assert calm.report().healthy, str(calm.report())
 
 
 # --- something else clips too -----------------------------------------------------------------------------------------
@@ -443,62 +374,50 @@ class ClipsItself(Task):
             nn.utils.clip_grad_norm_(self.parameters(), self.at)
 
 
-def clipped_twice(clipping: GradientClipping, at: float = 50.0, n: int = 640, epochs: int = 6, **kwargs: Any) -> Task:
+def clipped_twice(
+    clipping: GradientClipping, at: float = 50.0, normalises: bool = False, n: int = 640, epochs: int = 6
+) -> ClipsItself:
     torch.manual_seed(0)
-    module = ClipsItself(at, kwargs.pop("normalises", False))
+    module = ClipsItself(at, normalises)
     rows = DataLoader(TensorDataset(*regression(n)), 16, shuffle=True)
-    trainer(clipping, max_epochs=epochs, **kwargs).fit(module, rows)
+    trainer(clipping, max_epochs=epochs).fit(module, rows)
     return module
 
 
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-@pytest.mark.parametrize("percentile", [10, 50, 90])
-def test_gradients_that_the_module_clips_before_are_seen_in_norms_at_one_number(percentile, algorithm):
+@pytest.mark.parametrize(("percentile", "algorithm"), [(10, "norm"), (90, "norm"), (50, "value")])
+def test_gradients_that_the_module_has_clipped_before_show_in_norms_at_one_number(percentile, algorithm):
     clipping = AutoClip(percentile, gradient_clip_algorithm=algorithm)
     norms = np.array(clipped_twice(clipping).norms)
     assert 0.15 < np.mean(norms > 50) < 0.9
     assert names(clipping) == ["already clipped"]
-    said = evidence(clipping, "already clipped")
-    assert said == f"{np.sum(norms > 50 * (1 - 1e-3))} of 240 norms were the same number, 50, and none was larger."
+    at_max = np.sum(norms > 50 * (1 - 1e-3))
+    expected = f"{at_max} of 240 norms were the same number, 50, and none was larger."
+    assert evidence(clipping, "already clipped") == expected
 
 
-@pytest.mark.parametrize("at", [1e-3, 1.0, 1e4])
-def test_normalised_gradients_are_seen_however_large_or_small(at):
+@pytest.mark.parametrize("at", [1e-3, 1e4])
+def test_normalised_gradients_are_diagnosed_however_large_or_small(at):
     clipping = AutoClip(50)
-    clipped_twice(clipping, at, normalises=True)
-    assert evidence(clipping, "already clipped").startswith(f"240 of 240 norms were the same number, {at:.5g},")
+    clipped_twice(clipping, at, normalises=True, epochs=2)
+    assert evidence(clipping, "already clipped").startswith(f"80 of 80 norms were the same number, {at:.5g},")
 
 
-def test_a_limit_that_few_steps_reach_is_no_verdict():
+def test_a_maximum_that_few_steps_reach_is_no_diagnosis():
     clipping, free = AutoClip(50), AutoClip(50)
     at = float(np.quantile(clipped_twice(free, math.inf).norms, 0.95))
     clipped_twice(clipping, at)
     assert not {"already clipped"} & {*names(clipping), *names(free)}
 
 
-def test_gradients_that_are_clipped_before_are_seen_in_a_short_run_and_after_a_resume(tmp_path):
-    whole, first, second = AutoClip(10), AutoClip(10), AutoClip(10)
-    clipped_twice(whole, n=160, epochs=2)
-    run_of_first = clipped_twice(first, n=160, epochs=1).trainer
-    run_of_first.save_checkpoint(tmp_path / "it.ckpt")
-    assert names(first) == names(whole) == ["already clipped"]
+def test_gradients_that_were_clipped_before_are_diagnosed_in_a_short_run_and_after_a_resume(tmp_path):
+    first, second = AutoClip(10), AutoClip(10)
+    clipped_twice(first, n=160, epochs=1).trainer.save_checkpoint(tmp_path / "it.ckpt")
+    assert names(first) == ["already clipped"]
     torch.manual_seed(0)
     rows = DataLoader(TensorDataset(*regression(160)), 16)
     trainer(second, max_epochs=2).fit(ClipsItself(50.0), rows, ckpt_path=tmp_path / "it.ckpt")
     assert names(second) == ["already clipped"]
     assert " of 20 norms" in evidence(second, "already clipped")
-
-
-@pytest.mark.parametrize("percentile", [10, 100])
-@pytest.mark.parametrize("steps", [1, 2, 5, 10, 30])
-def test_a_tiny_training_is_not_said_to_be_clipped_before(steps, percentile):
-    clipping = AutoClip(percentile)
-    train(clipping, n=16 * steps, epochs=1)
-    assert clipping.report().summary == "too few steps to tell"
-
-
-def test_norms_that_creep_up_are_not_one_number():
-    assert told_of(np.exp(np.linspace(0, 0.3, 1200))) == []
 
 
 # --- what the report says ---------------------------------------------------------------------------------------------
@@ -524,7 +443,7 @@ def test_the_figures_are_those_that_numpy_computes(algorithm):
     assert figures.clip_coef_mean == pytest.approx(np.mean(coefs), rel=1e-4)
     assert figures.clip_coef_min == pytest.approx(np.min(coefs), rel=1e-4)
     assert figures.norm_first == pytest.approx(np.exp(np.log(norms[:16]).mean()), rel=1e-4)
-    assert figures.norm_typical == pytest.approx(np.exp(np.log(norms).mean()), rel=1e-4)
+    assert figures.norm_mean == pytest.approx(np.exp(np.log(norms).mean()), rel=1e-4)
     assert figures.norm_last == pytest.approx(np.exp(np.log(norms[-16:]).mean()), rel=1e-4)
     assert figures.norm_max == pytest.approx(norms.max(), rel=1e-4)
     assert figures.threshold == pytest.approx(thresholds[-1], rel=1e-4)
@@ -546,115 +465,126 @@ def test_the_report_of_a_resumed_run_is_that_of_an_uninterrupted_one(tmp_path):
     assert second.report() == whole.report()
 
 
-class SickAndHealthy(Task):
+class GoodAndBad(Task):
     """Two networks with an optimizer each; the gradients of the second one vanish."""
 
     def __init__(self) -> None:
         super().__init__(mlp(16, 64, 1), mse_loss, None)
-        self.sick = mlp(16, *[32] * 10, 1, act=nn.Sigmoid)
+        self.bad = mlp(16, *[32] * 10, 1, act=nn.Sigmoid)
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx) -> None:
         x, y = batch
-        for opt, net in zip(self.optimizers(), (self.net, self.sick), strict=True):
+        for opt, net in zip(self.optimizers(), (self.net, self.bad), strict=True):
             opt.zero_grad()
             self.manual_backward(mse_loss(net(x), y))
             opt.step()
 
     def configure_optimizers(self):
-        return [torch.optim.SGD(self.net.parameters(), lr=0.02), torch.optim.Adam(self.sick.parameters(), lr=1e-3)]
+        return [torch.optim.SGD(self.net.parameters(), lr=0.02), torch.optim.Adam(self.bad.parameters(), lr=1e-3)]
 
 
 def test_each_of_two_optimizers_has_a_section_of_its_own():
     torch.manual_seed(0)
     clipping = AutoClip(50)
     rows = DataLoader(TensorDataset(*regression(640)), 16)
-    trainer(clipping, max_epochs=3).fit(SickAndHealthy(), rows)
+    trainer(clipping, max_epochs=3).fit(GoodAndBad(), rows)
     first, second = clipping.report().sections
     assert (first.name, second.name) == ("autoclip/SGD", "autoclip/Adam")
-    assert not first.verdicts
-    assert "vanishing gradients" in [verdict.name for verdict in second.verdicts]
-    assert clipping.report().verdicts == second.verdicts
-    assert clipping.report().summary == "; ".join(f"{verdict.name} (Adam)" for verdict in second.verdicts)
+    assert not first.diagnoses
+    assert "vanishing gradients" in [diagnosis.name for diagnosis in second.diagnoses]
+    assert clipping.report().diagnoses == second.diagnoses
+    assert clipping.report().summary == "; ".join(f"{diagnosis.name} (Adam)" for diagnosis in second.diagnoses)
     assert str(clipping.report()).startswith("autoclip/SGD: 120 steps, ")
     assert "## autoclip/Adam" in clipping.report().to_markdown()
 
 
 def test_the_report_before_any_step_says_so():
     report = AutoClip().report()
-    assert (report.healthy, report.summary) == (True, "too few steps to tell")
+    assert (report.diagnoses, report.summary) == ((), "too few steps to tell")
     assert str(report) == report.to_markdown()
     assert str(report).startswith("No step was seen in this process.")
-    assert report.to_dict() == {"healthy": True, "sections": []}
+    assert report.to_dict() == {"sections": []}
 
 
-def test_few_steps_tell_of_no_trend_but_of_a_nan():
-    short, sick = AutoClip(50), AutoClip(50)
-    train(short, "transformer", "SGD", 3.0, n=16 * (LEAST_STEPS - 1), epochs=1)
-    assert set(names(short)) <= {"non-finite gradients"}
-    train(sick, data=poisoned({3: math.nan}, regression), n=160, epochs=1, shuffle=False)
-    assert names(sick) == ["non-finite gradients"]
-    calm = AutoClip(50)
-    train(calm, n=160, epochs=1)
-    assert calm.report().summary == "too few steps to tell"
-    assert str(calm.report()).endswith("Too few steps to tell.")
-    assert calm.report().to_markdown().endswith("Too few steps to tell.\n")
+@pytest.mark.parametrize("steps", [1, 10, LEAST_STEPS - 1])
+def test_few_steps_show_no_trend(steps):
+    clipping = AutoClip(10)
+    train(clipping, "transformer", "AdamW", 10.0, n=16 * steps, epochs=1)
+    assert clipping.report().summary == "too few steps to tell"
+    assert str(clipping.report()).endswith("Too few steps to tell.")
+    assert clipping.report().to_markdown().endswith("Too few steps to tell.\n")
 
 
-RUNS = {
-    "healthy": lambda: (AutoClip(50), regression),
-    "a fixed threshold": lambda: (GradientClipping(Constant(1e-4)), regression),
-    "by value, with a NaN": lambda: (AutoClip(gradient_clip_algorithm="value"), poisoned({7: math.nan}, regression)),
-    "nothing but NaN": lambda: (AutoClip(), poisoned(dict.fromkeys(range(40), math.nan), regression)),
+def test_few_steps_show_a_nan():
+    clipping = AutoClip(50)
+    train(clipping, data=multiplied({3: math.nan}), n=160, epochs=1, shuffle=False)
+    assert names(clipping) == ["non-finite gradients"]
+
+
+RUNS = {  # clipping, data, diagnoses
+    "healthy": (AutoClip(50), regression, []),
+    "a fixed threshold": (GradientClipping(Constant(1e-4)), regression, ["over-clipping"]),
+    "a NaN": (AutoClip(), multiplied({7: math.nan}), ["non-finite gradients"]),
+    "a NaN by value": (
+        AutoClip(gradient_clip_algorithm="value"),
+        multiplied({7: math.nan}),
+        ["non-finite gradients"],
+    ),
+    "nothing but NaN": (AutoClip(), multiplied(dict.fromkeys(range(40), math.nan)), ["non-finite gradients"]),
 }
 
 
 @pytest.mark.parametrize("case", RUNS)
 def test_the_report_is_text_markdown_and_json(case):
-    clipping, data = RUNS[case]()
-    train(clipping, data=data, epochs=2)
+    clipping, data, diagnoses = RUNS[case]
+    train(clipping, data=data, epochs=2, shuffle=False)
     report = clipping.report()
-    told = report.to_dict()
-    assert json.loads(json.dumps(told, allow_nan=False)) == told
-    assert told["healthy"] is report.healthy
-    assert [verdict["name"] for verdict in told["sections"][0]["verdicts"]] == [v.name for v in report.verdicts]
-    assert told["sections"][0]["figures"]["steps"] == 80
+    assert names(clipping) == diagnoses
+    plain = report.to_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert [diagnosis["name"] for diagnosis in plain["sections"][0]["diagnoses"]] == diagnoses
+    assert plain["sections"][0]["figures"]["steps"] == 80
     markdown = report.to_markdown().splitlines()
     assert markdown[:5] == ["## autoclip", "", "| figure | value |", "|---|---|", "| steps | 80 |"]
     assert all(line.count("|") == 3 for line in markdown if line.startswith("|"))
     assert str(report).startswith("autoclip: 80 steps")
-    for verdict in report.verdicts:
-        assert str(verdict) == f"{verdict.name}: {verdict.evidence} {verdict.advice}"
-        assert f"- {verdict}" in " ".join(str(report).split())
+    for diagnosis in report.diagnoses:
+        assert str(diagnosis) == f"{diagnosis.name}: {diagnosis.evidence} {diagnosis.advice}"
+        assert f"- {diagnosis}" in " ".join(str(report).split())
         assert max(map(len, str(report).splitlines())) <= 100
-        assert f"- **{verdict.name}**: {verdict.evidence} {verdict.advice}" in markdown
-        assert verdict.evidence.endswith(".")
-        assert verdict.advice.endswith(".")
-    assert report.summary == ("; ".join(verdict.name for verdict in report.verdicts) or "healthy")
+        assert f"- **{diagnosis.name}**: {diagnosis.evidence} {diagnosis.advice}" in markdown
+        assert diagnosis.evidence.endswith(".")
+        assert diagnosis.advice.endswith(".")
+    assert report.summary == ("; ".join(diagnoses) or NOTHING)
+    if "a NaN" in case:
+        of_nan = evidence(clipping, "non-finite gradients")
+        assert of_nan.startswith("2 of 80 steps had a NaN or an Inf in their gradients, first at step 7 (epoch 0,")
+        assert "batch 7) in net.0.weight" in of_nan
 
 
-def told_of(norms: np.ndarray) -> list[str]:
-    """The verdicts on a run with these norms, clipped at their 50th percentile with a window of 100."""
-    trace = Trace(["a.weight", "b.weight"], [10, 10])
-    points = []
-    for i, norm in enumerate(norms):
+def diagnosed(norms: np.ndarray) -> list[str]:
+    """The diagnoses of a run with these norms, clipped at their 50th percentile with a window of 100."""
+    log = StepLog()
+    log.set_parameters(["a.weight", "b.weight"], [10, 10])
+    for i, norm in enumerate(norms.tolist()):
         threshold = float(np.percentile(norms[max(0, i - 99) : i + 1], 50))
-        points.append(Point(i, 0, i, i, float(norm), min(float(norm), threshold), float(norm), threshold, 0.0))
-    squares = torch.tensor(norms).square()[:, None] * torch.tensor([0.5, 0.5])
-    trace.extend(points, squares)
-    return [verdict.name for verdict in report_of({"autoclip/": trace}, AutoClip(50).settings).verdicts]
+        each = [norm * math.sqrt(0.5)] * 2
+        log.add(StepRecord(norm, min(norm, threshold), norm, threshold, parameter_norms=each), i + 1, Place(i, 0, i, i))
+    return [diagnosis.name for diagnosis in report_of({"autoclip/": log}, AutoClip(50).settings).diagnoses]
 
 
-@pytest.mark.parametrize("steps", [300, 6000])
-def test_a_long_run_is_judged_as_a_short_one(steps):
+@pytest.mark.parametrize("steps", [300, 2500])
+def test_a_long_run_has_the_diagnoses_of_a_short_one(steps):
     rng, time = np.random.default_rng(0), np.linspace(0, 1, steps)
     noise = np.exp(0.3 * rng.standard_normal(steps))
-    assert told_of(noise) == []
-    assert told_of(noise * 10 ** (-1.5 * time)) == []
-    assert told_of(noise * 100**time)[0] == "growing norms"
-    assert told_of(noise * 10.0 ** (-4 * time)) == ["vanishing norms"]
+    assert diagnosed(noise) == []
+    assert diagnosed(noise * 10 ** (-1.5 * time)) == []
+    assert diagnosed(np.exp(0.3 * time)) == []  # norms that creep up are not one number
+    assert diagnosed(noise * 100**time)[0] == "growing norms"
+    assert diagnosed(noise * 10.0 ** (-4 * time)) == ["vanishing norms"]
     spiky = noise.copy()
     spiky[steps // 2] *= 1000
-    assert told_of(spiky) == ["spikes"]
-    assert told_of(np.minimum(noise, 1.1)) == ["already clipped"]
-    assert told_of(np.minimum(noise, 2.0)) == []
+    assert diagnosed(spiky) == ["spikes"]
+    assert diagnosed(np.minimum(noise, 1.1)) == ["already clipped"]
+    assert diagnosed(np.minimum(noise, 2.0)) == []

@@ -9,7 +9,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from helpers import FACTORS, Batches, Net, assert_bit_equal, trainer
+from helpers import FACTORS, ONE_NAN, Batches, Net, assert_bit_equal, by_percentile, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from models import Figures
+from test_ddp import assert_close, kept
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
@@ -30,7 +31,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.optim import SGD
 
-from lightning_autoclip import AutoClip, Constant, GradientClipper
+from lightning_autoclip import Constant, GradientClipper
 
 pytestmark = pytest.mark.distributed
 
@@ -152,24 +153,29 @@ STRATEGIES = {
     for params in ("original", "flat")
 }
 ALGORITHMS = ("norm", "value")
-RATIO = 0.25  # of the weights, per step: holds some of the steps
-CASES = [(name, algorithm) for name in STRATEGIES for algorithm in ALGORITHMS]
-RESUMED = ["FSDP2", "FSDP1 FULL_SHARD original", "FSDP1 FULL_SHARD flat"]
+CASES = {f"{name} {algorithm}": (name, {"algorithm": algorithm}) for name in STRATEGIES for algorithm in ALGORITHMS}
 SPOILED = ["FSDP2", "FSDP1 FULL_SHARD original"]
+for name in (*SPOILED, "tensor parallel"):
+    CASES[f"{name} nan"] = name, {"factors": ONE_NAN}
+FLAT = "FSDP1 FULL_SHARD flat"
+LIMITED = {f"{name} limited": (name, {"ratio": 0.25}) for name in STRATEGIES if not name.endswith("flat")}
+LIMITED["FSDP2 limited by value"] = "FSDP2", {"ratio": 0.25, "algorithm": "value"}
+RESUMED = [*SPOILED, FLAT]
 
 
 class Spoil(Callback):
-    """Spoils the gradient that one rank holds at one step."""
+    """Spoils what one rank holds of one parameter's gradient at one step."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        if trainer.global_step == 4 and trainer.global_rank == 0:
-            gradients = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-            for gradient in gradients:
-                (gradient.to_local() if isinstance(gradient, DTensor) else gradient).fill_(math.nan)
+        if trainer.global_step == 4 and trainer.global_rank == 1:
+            (gradient,) = (
+                p.grad for name, p in pl_module.named_parameters() if ".0." in name and name.endswith(".bias")
+            )
+            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).fill_(math.nan)
 
 
 class Watch(Figures):
-    """Notes the norm, the threshold and the factor of every step, and the weights at the end."""
+    """Notes norm, threshold and clip coefficient of every step, the last row of the layers, the weights at the end."""
 
     def __init__(self, prefix):
         super().__init__(*(prefix + key for key in ("grad_norm", "threshold", "clip_coef_mean")))
@@ -177,6 +183,8 @@ class Watch(Figures):
 
     def on_train_end(self, trainer, pl_module):  # at the teardown FSDP1 frees the weights
         self.weights = whole_weights(trainer.strategy.model)
+        figures = trainer.callback_metrics.items()
+        self.layers = {key: float(value) for key, value in figures if key.startswith("autoclip_layers")}
 
 
 def whole_weights(root):
@@ -194,41 +202,36 @@ def sgd(parameters):
     return SGD(parameters, lr=0.02, momentum=0.9)
 
 
-def train(net=Net, algorithm="norm", strategy="auto", epochs=2, ckpt=None, save=None, spoils=False, ratio=None):
+def train(
+    net=Net, strategy="auto", algorithm="norm", factors=FACTORS, ratio=None, epochs=2, ckpt=None, save=None, spoils=()
+):
+    """Train and return what this process saw; on one process unless there is a strategy."""
     torch.manual_seed(0)
-    model = net(sgd)
-    autoclip = AutoClip(40, window=7, gradient_clip_algorithm=algorithm, max_update_ratio=ratio)
+    settings = {"gradient_clip_algorithm": algorithm, "max_update_ratio": ratio, "log_layers": 2, "verbose": False}
+    autoclip = by_percentile(40, window=7, **settings)
     watch = Watch("autoclip/SGD/" if net is MixedOptimizers else "autoclip/")
-    devices = 1 if strategy == "auto" else 2
+    saving = [ModelCheckpoint(save.parent, save.stem, enable_version_counter=False)] if save else []
     options = {"max_epochs": epochs, "log_every_n_steps": 1, "use_distributed_sampler": False}
-    callbacks = [*([Spoil()] if spoils else []), autoclip, watch]
-    if save:
-        callbacks.append(ModelCheckpoint(save.parent, save.stem, enable_version_counter=False))
-        options["enable_checkpointing"] = True
-    run = trainer(*callbacks, strategy=strategy, devices=devices, **options)
+    options |= {"devices": 1 if strategy == "auto" else 2, "enable_checkpointing": bool(saving)}
+    run = trainer(*spoils, autoclip, watch, *saving, strategy=strategy, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run.fit(model, datamodule=Batches(FACTORS), ckpt_path=ckpt)
-    clipper = autoclip.clippers[-1]  # the only one, or that of the plain layer
-    record = clipper.history.recorded.tolist(), clipper.steps, clipper.nonfinite_total
-    bounded = [autoclip.report().sections[-1].figures.bounded_fraction, clipper.state_dict()["weight_norms"]]
+        run.fit(net(sgd), datamodule=Batches(factors), ckpt_path=ckpt)
     drifting = [str(warning.message) for warning in caught if "the ranks drift apart" in str(warning.message)]
-    return {
-        "steps": torch.tensor(list(watch.steps.values())),
-        "weights": watch.weights,
-        "record": record,
-        "bounded": bounded,
-        "warnings": drifting,
-    }
+    clipper = autoclip.clippers[-1]
+    limited = [autoclip.report().sections[-1].figures.limited_fraction, *clipper.state_dict()["weight_norms"]]
+    steps = torch.tensor(list(watch.steps.values()))
+    found = {"steps": steps, "weights": watch.weights, "layers": watch.layers, "limited": limited}
+    return found | {"warnings": drifting} | kept(autoclip)
 
 
 def one_shard_only():
-    """A model of one entry: rank 1 holds nothing of it. Returns norm and clipped gradient of the whole."""
+    """A model of one element: rank 1 holds nothing of it. Returns norm and clipped gradient of the whole."""
     layer = nn.Linear(1, 1, bias=False)
     nn.init.ones_(layer.weight)
     fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
     seen = []
-    for algorithm in ("norm", "value"):
+    for algorithm in ALGORITHMS:
         layer.zero_grad()
         layer(torch.tensor([[3.0]])).sum().backward()
         record = GradientClipper(Constant(1.5), gradient_clip_algorithm=algorithm).clip_(layer.parameters())
@@ -239,7 +242,7 @@ def one_shard_only():
 def on_two(name, **kwargs):
     """Train under a strategy as one of two ranks."""
     net, strategy = STRATEGIES[name]
-    return train(net, strategy=strategy(), **kwargs)
+    return train(net, strategy(), **kwargs)
 
 
 def interrupted(name, path):
@@ -247,52 +250,61 @@ def interrupted(name, path):
 
 
 def mixed(net):
-    return train(net, strategy=model_parallel(2, 1)())
+    return train(net, model_parallel(2, 1)())
 
 
 @pytest.fixture(scope="module")
 def ranks(two_ranks, tmp_path_factory):
     """What the two ranks saw in a run."""
     folder = tmp_path_factory.mktemp("sharded")
-    runs = {f"{name} {algorithm}": partial(on_two, name, algorithm=algorithm) for name, algorithm in CASES}
-    runs |= {
-        f"{name} {algorithm} bounded": partial(on_two, name, algorithm=algorithm, ratio=RATIO)
-        for name, algorithm in CASES
-    }
+    runs = {case: partial(on_two, name, **options) for case, (name, options) in (CASES | LIMITED).items()}
     runs |= {f"{name} interrupted": partial(interrupted, name, folder / f"{name}.ckpt") for name in RESUMED}
-    runs |= {f"{name} spoiled": partial(on_two, name, spoils=True) for name in SPOILED}
+    runs |= {f"{name} spoiled": partial(on_two, name, spoils=[Spoil()]) for name in SPOILED}
     runs |= {"mixed": partial(mixed, Mixed), "mixed optimizers": partial(mixed, MixedOptimizers)}
     return two_ranks.start(runs | {"one shard only": one_shard_only})
 
 
 @cache
-def on_one(net, algorithm, ratio=None):
-    return train(net, algorithm, ratio=ratio)
+def on_one(net, **kwargs):
+    return train(net, factors=ONE_NAN if kwargs.pop("nan", False) else FACTORS, **kwargs)
 
 
-@pytest.mark.parametrize(("name", "algorithm"), CASES)
-def test_sharded_training_takes_the_steps_of_one_process(name, algorithm, ranks):
-    first, second = ranks(f"{name} {algorithm}")
+def one_of(case):
+    """What one process sees on the same global batches."""
+    name, options = (CASES | LIMITED)[case]
+    options = {key: value for key, value in options.items() if key != "factors"}
+    return on_one(getattr(STRATEGIES[name][0], "reference", Net), nan=case.endswith("nan"), **options)
+
+
+def assert_alike(first, second):
     assert_bit_equal(first, second)
+    assert repr(first["logs"]) == repr(second["logs"])
+    for key, value in first["weights"].items():
+        assert torch.equal(value, second["weights"][key])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sharded_training_takes_and_logs_the_steps_of_one_process(case, ranks):
+    (first, second), one = ranks(case), one_of(case)
+    assert_alike(first, second)
     assert not first["warnings"]
-    one = on_one(getattr(STRATEGIES[name][0], "reference", Net), algorithm)
-    torch.testing.assert_close(first["steps"], one["steps"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(first["steps"], one["steps"], rtol=1e-5, atol=1e-6, equal_nan=True)
     assert (one["steps"][:, 2] < 0.9).sum() > 5
     torch.testing.assert_close(first["weights"], one["weights"], rtol=0, atol=1e-6)
+    if case.split()[2:3] != ["flat"]:  # a flat parameter has a name and a share of its own
+        assert_close(first, one)
+        assert first["layers"] == pytest.approx(one["layers"], rel=1e-5, abs=1e-6)
+        assert first["logs"][0]["numels"] == ([0] * 4 if case.startswith("FSDP1") else one["logs"][0]["numels"])
 
 
-@pytest.mark.parametrize(("name", "algorithm"), CASES)
-def test_sharded_weights_bound_the_steps_as_those_of_one_process(name, algorithm, ranks):
-    first, second = ranks(f"{name} {algorithm} bounded")
-    assert_bit_equal(first, second)
-    assert first["bounded"][0] == second["bounded"][0]
-    assert torch.equal(first["bounded"][1], second["bounded"][1])
-    assert 0.2 < first["bounded"][0] < 1
-    if name.endswith("flat"):
-        return  # a flat parameter is bounded as one, with its bias, which is not what one process does
-    one = on_one(getattr(STRATEGIES[name][0], "reference", Net), algorithm, RATIO)
+@pytest.mark.parametrize("case", LIMITED)
+def test_sharded_weights_limit_the_steps_as_those_of_one_process(case, ranks):
+    (first, second), one = ranks(case), one_of(case)
+    assert_alike(first, second)
+    assert first["limited"] == second["limited"]
+    assert 0.2 < first["limited"][0] < 1
     torch.testing.assert_close(first["steps"], one["steps"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(first["bounded"], one["bounded"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(first["limited"], one["limited"], rtol=1e-5, atol=0)
     torch.testing.assert_close(first["weights"], one["weights"], rtol=0, atol=1e-5)
 
 
@@ -300,17 +312,18 @@ def test_sharded_weights_bound_the_steps_as_those_of_one_process(name, algorithm
 def test_a_resumed_run_takes_the_same_steps_as_an_uninterrupted_one(name, ranks):
     for whole, (first, second) in zip(ranks(f"{name} norm"), ranks(f"{name} interrupted"), strict=True):
         second["steps"] = torch.cat((first["steps"], second["steps"]))
-        assert_bit_equal(whole, second)
-        for key, value in whole["weights"].items():
-            assert torch.equal(value, second["weights"][key])
+        assert_alike(whole, second)
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_a_nan_that_one_rank_holds_is_skipped_by_all(name, ranks):
+def test_a_nan_that_one_rank_holds_is_skipped_by_all_and_named(name, ranks):
     first, second = ranks(f"{name} spoiled")
-    assert_bit_equal(first, second)
-    assert first["record"][1:] == (20, 1)
+    assert_alike(first, second)
+    assert first["history"][0][2:] == (20, 1)
     assert all(value.isfinite().all() for value in first["weights"].values())
+    (step, _, batch, *_, parameters), *_ = first["logs"][0]["large"]
+    assert (step, batch, [parameter for parameter, _ in parameters]) == (4, 4, ["net.0.bias"])
+    assert all(math.isfinite(share) for share in first["logs"][0]["shares"].values())
 
 
 def test_parameters_that_nothing_reduces_are_warned_of_and_clipped_alike(ranks):
@@ -320,14 +333,14 @@ def test_parameters_that_nothing_reduces_are_warned_of_and_clipped_alike(ranks):
 
 def test_an_optimizer_of_plain_parameters_beside_a_sharded_one_decides_alike_on_all_ranks(ranks):
     first, second = ranks("mixed optimizers")
-    assert first["record"] == second["record"]
-    assert first["record"][1:] == (20, 2)
+    assert first["history"] == second["history"]
+    assert first["history"][-1][2:] == (20, 2)  # of the plain layer
 
 
 def test_a_rank_that_holds_nothing_joins_in(ranks):
     assert ranks("one shard only") == [[[3.0, 1.5], [3.0, 1.5]]] * 2
 
 
-def test_lightnings_own_clipping_by_norm_is_refused_under_fsdp():
+def test_lightnings_own_clipping_by_norm_raises_under_fsdp():
     with pytest.raises(MisconfigurationException, match="`gradient_clip_algorithm='norm'` is currently not supported"):
         FSDPPrecision("32-true").clip_gradients(SGD([nn.Parameter(torch.zeros(1))]), 1.0, GradClipAlgorithmType.NORM)

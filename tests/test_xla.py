@@ -36,7 +36,7 @@ from lightning_autoclip import GradientClipper, NonFiniteGradientError, Percenti
 SCALES = [1.0 + 5.0 * (row // 4 % 7 == 3) + row % 3 for row in range(84)]  # for 21 batches of four rows
 FAR = [100.0 if row // 4 in (25, 40, 95) else 1.0 + row % 3 for row in range(480)]  # three batches of 120
 SPOILED = [math.nan if row == 33 else scale for row, scale in enumerate(SCALES)]  # the ninth batch
-PER_ROW = 6  # copies to the host for 50 steps: 32 + 16 + 2 of them, numbers and norms
+EVERY = 10  # steps, at one of which clipping by value reads the norm after clipping too
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,10 +56,6 @@ def sgd(parameters):
 
 def plain_sgd(parameters):
     return SGD(parameters, lr=0.05)
-
-
-def adamw(parameters):
-    return AdamW(parameters, lr=0.01)
 
 
 def capturable(parameters):
@@ -105,11 +101,11 @@ class Mixed(Net):
 
 
 class Run(NamedTuple):
-    """What is left of a run: its clippers, its weights on the CPU, and how many of its steps were far too large."""
+    """What is left of a run: its clippers, its weights on the CPU, and how many steps were skipped as outliers."""
 
     clippers: list[GradientClipper]
     weights: torch.Tensor
-    left_out: int
+    skipped: int
 
 
 def train(
@@ -119,16 +115,99 @@ def train(
     rows = DataLoader(dataset(len(scales), scales=scales), 4)
     run = trainer(autoclip, *callbacks, **{"log_every_n_steps": 50, **device, **(options or {})})
     run.fit(model, rows, ckpt_path=ckpt)
-    left_out = sum(section.figures.left_out for section in autoclip.report().sections)
-    return Run(autoclip.clippers, weights(model).cpu(), left_out)
+    skipped = sum(section.figures.skipped for section in autoclip.report().sections)
+    return Run(autoclip.clippers, weights(model).cpu(), skipped)
 
 
 def assert_alike(first: Run, second: Run, tolerance: float = 2e-6) -> None:
     for one, other in zip(first.clippers, second.clippers, strict=True):
-        torch.testing.assert_close(one.history.recorded, other.history.recorded, rtol=tolerance, atol=tolerance)
-        assert (one.steps, one.nonfinite_total) == (other.steps, other.nonfinite_total)
+        torch.testing.assert_close(one.history.values, other.history.values, rtol=tolerance, atol=tolerance)
+        assert (one.steps, one.nonfinite_steps) == (other.steps, other.nonfinite_steps)
     torch.testing.assert_close(first.weights, second.weights, rtol=tolerance, atol=tolerance)
-    assert first.left_out == second.left_out
+    assert first.skipped == second.skipped
+
+
+ROUNDED = dict.fromkeys(("AdamW on the device", "two optimizers"), 1e-5)  # Adam divides by what may be small
+RUNS: dict[str, dict[str, Any]] = {
+    "by norm": {},
+    "by norm, limited": {"max_update_ratio": 0.003},
+    "by value, limited": {"gradient_clip_algorithm": "value", "max_update_ratio": "auto"},
+    "no momentum": {"optimizer": plain_sgd, "max_update_ratio": "auto"},
+    "AdamW on the device": {"optimizer": capturable},
+    "groups": {"groups": {"first": "net.0.*"}, "max_update_ratio": "auto"},
+    "accumulated": {"options": {"accumulate_grad_batches": 2}},
+    "warm-up": {"warmup_steps": 5, "max_threshold": 2.0},
+    "a rate that changes": {"optimizer": scheduled, "max_update_ratio": 0.003},
+    "two optimizers": {"net": Alternating, "optimizer": (sgd, capturable)},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_takes_the_steps_of_the_cpu(name):
+    assert_alike(train(on_xla(), **RUNS[name]), train({}, **RUNS[name]), ROUNDED.get(name, 2e-6))
+
+
+@pytest.mark.parametrize("name", ["by norm, limited", "by value, limited", "AdamW on the device"])
+def test_a_non_finite_step_and_outliers_are_skipped(name):
+    scales = [math.nan if row == 33 else factor for row, factor in enumerate(FAR[:200])]
+    run = train(on_xla(), scales=scales, skip_above=8, **RUNS[name])
+    assert_alike(run, train({}, scales=scales, skip_above=8, **RUNS[name]), ROUNDED.get(name, 2e-6))
+    assert run.clippers[0].nonfinite_steps == 1
+    assert run.skipped == 2
+    assert run.weights.isfinite().all()
+
+
+BFLOAT16: dict[str, dict[str, Any]] = {
+    "by value": {"net": InBFloat16, "gradient_clip_algorithm": "value"},
+    "limited": {"net": InBFloat16, "max_update_ratio": 0.003, "optimizer": plain_sgd},
+    "mixed": {"net": Mixed},
+}
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_a_run_in_bfloat16_takes_the_steps_of_the_cpu(name):
+    run = train(on_xla(), scales=SPOILED, **BFLOAT16[name])
+    assert_alike(run, train({}, scales=SPOILED, **BFLOAT16[name]), 0.03)  # both round at each operation, not alike
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_of_bfloat16_are_measured_in_float32_and_rounded_once_when_clipped(algorithm):
+    draw, clipper = torch.Generator().manual_seed(0), GradientClipper(Percentile(40), gradient_clip_algorithm=algorithm)
+    weight = nn.Parameter(torch.ones(300, 7, device=torch_xla.device(), dtype=torch.bfloat16))
+    for step in range(10):
+        gradient = (torch.randn(300, 7, generator=draw) * (1 + step % 3)).bfloat16()
+        weight.grad = gradient.to(weight.device)
+        record, exact = clipper.clip_([weight]), gradient.double()
+        assert record.norm == pytest.approx(float(exact.norm()), rel=1e-6)
+        clamped = exact.clamp(-record.threshold, record.threshold)
+        expected = clamped if algorithm == "value" else exact * min(1.0, record.threshold / record.norm)
+        torch.testing.assert_close(weight.grad.cpu().double(), expected, rtol=2**-8, atol=0)
+
+
+def train_in_true_bfloat16(runs):
+    """In a process of its own, whose client reads once whether a float32 is of bfloat16: what is left of each run."""
+    return [left_of(train(on_xla(XLAPrecision("bf16-true")), **options)) for options in runs]
+
+
+def left_of(run):
+    (clipper,) = run.clippers
+    return clipper.history.values, run.weights.float(), clipper.steps, clipper.nonfinite_steps
+
+
+def test_true_bfloat16_is_that_of_the_cpu():
+    runs = [{"scales": SPOILED}, {"gradient_clip_algorithm": "value", "max_update_ratio": 0.003}]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        found = process.submit(train_in_true_bfloat16, runs).result(timeout=300)
+    for one, options in zip(found, runs, strict=True):
+        other = left_of(train({}, options={"precision": "bf16-true"}, **options))
+        assert one[2:] == other[2:]
+        torch.testing.assert_close(one[:2], other[:2], rtol=0.03, atol=0.03)
+    assert torch.equal(found[0][1], found[0][1].bfloat16().float())  # or it has trained in float32
+
+
+def test_raise_stops_at_the_step_and_names_the_parameters():
+    with pytest.raises(NonFiniteGradientError, match=r"At optimizer step 8 .*of 4 of 4 parameters.*net\.0\.weight"):
+        train(on_xla(), scales=SPOILED, nonfinite="raise")
 
 
 class Counts(Callback):
@@ -144,196 +223,48 @@ class Counts(Callback):
             seen.append((metrics.metric_data(name) or (0,))[0])
 
 
-ROUNDED = dict.fromkeys(("AdamW", "AdamW on the device", "two optimizers"), 1e-5)  # Adam divides by what may be small
-RUNS: dict[str, dict[str, Any]] = {
-    "by norm": {},
-    "by value": {"gradient_clip_algorithm": "value"},
-    "by norm, bound": {"max_update_ratio": "auto"},
-    "by value, bound": {"gradient_clip_algorithm": "value", "max_update_ratio": "auto"},
-    "no momentum": {"optimizer": plain_sgd, "max_update_ratio": "auto"},
-    "AdamW": {"optimizer": adamw},
-    "AdamW on the device": {"optimizer": capturable},
-    "full history": {"window": None},
-    "groups": {"groups": {"first": "net.0.*"}, "max_update_ratio": "auto"},
-    "accumulated": {"options": {"accumulate_grad_batches": 2}},
-    "warm-up": {"warmup_steps": 5, "max_threshold": 2.0},
-    "a bound that is met": {"max_update_ratio": 0.003},
-    "a rate that changes": {"optimizer": scheduled, "max_update_ratio": 0.003},
-    "two optimizers": {"net": Alternating, "optimizer": (sgd, capturable)},
-}
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_takes_the_steps_of_the_cpu(name):
-    assert_alike(train(on_xla(), **RUNS[name]), train({}, **RUNS[name]), ROUNDED.get(name, 2e-6))
-
-
-@pytest.mark.parametrize("name", ["by norm, bound", "by value, bound", "no momentum", "AdamW", "AdamW on the device"])
-def test_a_step_that_is_not_finite_changes_nothing(name):
-    spoiled = train(on_xla(), scales=SPOILED, **RUNS[name])
-    assert_alike(spoiled, train({}, scales=SPOILED, **RUNS[name]), ROUNDED.get(name, 2e-6))
-    assert spoiled.clippers[0].nonfinite_total == 1
-    assert spoiled.weights.isfinite().all()
-
-
-@pytest.mark.parametrize("name", ["by norm", "no momentum", "AdamW on the device", "by value, bound", "AdamW"])
-def test_a_step_far_above_the_typical_norm_changes_nothing(name):
-    large = train(on_xla(), scales=FAR[:200], skip_above=8, **RUNS[name])
-    assert_alike(large, train({}, scales=FAR[:200], skip_above=8, **RUNS[name]), ROUNDED.get(name, 2e-6))
-    assert large.left_out == 2
-
-
-BFLOAT16: dict[str, dict[str, Any]] = {
-    "by norm": {"net": InBFloat16},
-    "by value": {"net": InBFloat16, "gradient_clip_algorithm": "value"},
-    "bound": {"net": InBFloat16, "max_update_ratio": 0.003, "optimizer": plain_sgd},
-    "AdamW on the device": {"net": InBFloat16, "optimizer": capturable},
-    "mixed": {"net": Mixed},
-}
-
-
-@pytest.mark.parametrize("name", BFLOAT16)
-def test_a_run_in_bfloat16_takes_the_steps_of_the_cpu(name):
-    run = train(on_xla(), scales=SPOILED, **BFLOAT16[name])
-    assert_alike(run, train({}, scales=SPOILED, **BFLOAT16[name]), 0.03)  # both round at each operation, not alike
-
-
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-def test_gradients_of_bfloat16_are_measured_in_float32_and_clipped_to_the_last_bit_but_one(algorithm):
-    kept = []
-    for device in (torch.device("cpu"), torch_xla.device()):
-        draw = torch.Generator().manual_seed(0)
-        weight = nn.Parameter(torch.ones(300, 7, device=device, dtype=torch.bfloat16))
-        clipper = GradientClipper(Percentile(40), gradient_clip_algorithm=algorithm)
-        gradients = []
-        for step in range(10):
-            weight.grad = (torch.randn(300, 7, generator=draw) * (1 + step % 3)).to(device, torch.bfloat16)
-            clipper.clip_(SGD([weight], lr=0.1) if step == 0 else [weight])
-            gradients.append(weight.grad.cpu())
-        kept.append((clipper.history.recorded, torch.stack(gradients)))
-    torch.testing.assert_close(kept[1][0], kept[0][0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(kept[1][1], kept[0][1], rtol=2**-8, atol=0)
-
-
-def train_in_true_bfloat16(runs):
-    """In a process of its own, whose client reads once whether a float32 is of bfloat16: what is left of each run."""
-    return [left_of(train(on_xla(XLAPrecision("bf16-true")), **options)) for options in runs]
-
-
-def left_of(run):
-    (clipper,) = run.clippers
-    return clipper.history.recorded, run.weights.float(), clipper.steps, clipper.nonfinite_total
-
-
-def test_true_bfloat16_is_that_of_the_cpu_and_counts_beyond_256():
-    runs = [
-        {"scales": SPOILED},
-        {"gradient_clip_algorithm": "value", "max_update_ratio": 0.003},
-        {"optimizer": plain_sgd, "scales": [math.nan] * 1080 + SCALES},
-    ]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        found = process.submit(train_in_true_bfloat16, runs).result(timeout=300)
-    for one, options in zip(found, runs, strict=True):
-        other = left_of(train({}, options={"precision": "bf16-true"}, **options))
-        assert one[2:] == other[2:]
-        torch.testing.assert_close(one[:2], other[:2], rtol=0.03, atol=0.03)
-    assert torch.equal(found[0][0], found[0][0].bfloat16().float())  # or it has trained in float32
-    assert found[2][3] == 270
-
-
-def test_raise_stops_at_the_step_and_names_the_parameters():
-    with pytest.raises(NonFiniteGradientError, match=r"At optimizer step 8 .*of 4 of 4 parameters.*net\.0\.weight"):
-        train(on_xla(), scales=SPOILED, nonfinite="raise")
-
-
-WARM = ["by norm", "by value, bound", "by norm, bound", "no momentum", "AdamW on the device", "full history"]
-
-
-@pytest.mark.parametrize("name", WARM)
-def test_a_warm_run_in_which_no_step_is_skipped_compiles_nothing_and_reads_nothing_but_its_rows(name):
-    counts = Counts()
-    train(on_xla(), counts, scales=SCALES[:4] * 220, nonfinite="ignore", **RUNS[name])
-    # The weights are measured at the first 16 steps, then at one of 16.
-    assert counts.compiled[110] == counts.compiled[-1]
-    for first, last in ((105, 148), (155, 198)):
-        assert counts.read[first] == counts.read[last]
-    assert counts.read[155] - counts.read[105] == PER_ROW
-
-
-STEADY: dict[str, dict[str, Any]] = {
-    "a bound that is met": RUNS["a bound that is met"],
+WARM: dict[str, dict[str, Any]] = {
+    **{name: RUNS[name] for name in ("by norm", "by norm, limited", "by value, limited", "AdamW on the device")},
+    "ignore": {"nonfinite": "ignore"},
+    "raise": {"nonfinite": "raise", "optimizer": plain_sgd},
+    "outliers": {"scales": FAR, "skip_above": 8},
     "a rate that changes": RUNS["a rate that changes"],
     "a rate of AdamW that changes": {"optimizer": partial(scheduled, made=capturable)},
-    "two optimizers": RUNS["two optimizers"],
     "accumulated": {"options": {"accumulate_grad_batches": 2}},
-    "bfloat16": BFLOAT16["bound"],
+    "bfloat16": BFLOAT16["limited"],
     "mixed": BFLOAT16["mixed"],
 }
 
 
-@pytest.mark.parametrize("name", STEADY)
-def test_a_warm_run_without_rows_compiles_nothing_and_reads_nothing(name):
-    counts, options = Counts(), {"scales": SCALES[:4] * 120, "nonfinite": "ignore", **STEADY[name]}
-    options["options"] = {"log_every_n_steps": 1000, **options.get("options", {})}
-    train(on_xla(), counts, **options)
-    assert (counts.compiled[60], counts.read[60]) == (counts.compiled[-2], counts.read[-2])
-
-
-@pytest.mark.parametrize("more", [{}, {"scales": FAR, "skip_above": 8}], ids=["", "far above"])
-@pytest.mark.parametrize("name", ["by norm", "no momentum", "AdamW", "AdamW on the device"])
-def test_a_step_that_may_be_skipped_costs_one_read(name, more):
+@pytest.mark.parametrize("name", WARM)
+def test_a_warm_step_compiles_nothing_and_is_read_once(name):
+    """Warm: whether it is clipped, limited, measures the weights and so on are graphs of their own, compiled once."""
     counts = Counts()
-    options = {"scales": SCALES[:4] * 120, "options": {"log_every_n_steps": 1000}, **RUNS[name], **more}
-    run = train(on_xla(), counts, **options)
-    assert run.left_out == (3 if more else 0)
-    assert counts.read[100] - counts.read[50] == 50
-    assert counts.compiled[50] == counts.compiled[100]
+    train(on_xla(), counts, **{"scales": SCALES[:4] * 150, **WARM[name]})
+    assert counts.compiled[90] == counts.compiled[-2]
+    steps = 50 // (2 if name == "accumulated" else 1)
+    assert counts.read[110] - counts.read[60] == steps + (50 // EVERY if "value" in name else 0)
 
 
-def test_raise_costs_one_read_per_step():
+def test_a_warm_step_of_two_optimizers_compiles_nothing_and_is_read_once_by_each():
     counts = Counts()
-    train(on_xla(), counts, scales=SCALES[:4] * 120, nonfinite="raise", options={"log_every_n_steps": 1000})
-    assert counts.read[100] - counts.read[50] == 50
-    assert counts.compiled[50] == counts.compiled[100]
-
-
-def test_the_full_history_is_compiled_anew_where_it_has_doubled_and_nowhere_else():
-    device, compiled = torch_xla.device(), []
-    weight = nn.Parameter(torch.ones(4, device=device))
-    optimizer, clipper = SGD([weight], lr=0.0), GradientClipper(Percentile(50), window=None, nonfinite="ignore")
-    clipper.history.extend(torch.linspace(1.0, 2.0, 1000))
-    for step in range(100):
-        weight.grad = torch.full((4,), 1.0 + step / 200).to(device)
-        clipper.clip_(optimizer)
-        optimizer.step()
-        torch_xla.sync()
-        compiled.append(metrics.metric_data("CompileTime")[0])
-    grown_at = 1024 - 1000
-    assert compiled[grown_at - 1] == compiled[18]
-    assert compiled[grown_at + 1] > compiled[grown_at - 1]
-    assert compiled[-1] == compiled[32]  # the first step of 16 that measures the weights, if they are measured
+    train(on_xla(), counts, scales=SCALES[:4] * 150, **RUNS["two optimizers"])
+    assert counts.compiled[90] == counts.compiled[-2]
+    assert counts.read[110] - counts.read[60] == 50 + 25
 
 
 def test_rows_are_those_of_the_cpu():
     rows = []
     for folder, device in (("xla", on_xla()), ("cpu", {})):
-        logger = CSVLogger(folder, name="", version="")
-        train(
-            device,
-            scales=SCALES * 3,
-            max_update_ratio="auto",
-            log_layers=True,
-            options={"logger": logger, "log_every_n_steps": 20},
-        )
+        options = {"logger": CSVLogger(folder, name="", version=""), "log_every_n_steps": 20}
+        train(device, scales=SCALES * 3, max_update_ratio="auto", log_layers=True, options=options)
         rows.append([row for row in read_csv(Path(folder, "metrics.csv")) if row["autoclip/grad_norm"]])
     assert [row["step"] for row in rows[0]] == ["19", "39", "59", "62"]
     for one, other in zip(*rows, strict=True):
         assert one.keys() == other.keys()
-        assert all(
-            (float(one[key]), key) == (pytest.approx(float(other[key]), rel=1e-5, nan_ok=True), key)
-            for key in one
-            if key.startswith("autoclip")
-        )
+        for key in one:
+            if key.startswith("autoclip"):
+                assert float(one[key]) == pytest.approx(float(other[key]), rel=1e-5, nan_ok=True), key
 
 
 @pytest.mark.parametrize("second", ["xla", "cpu"])
@@ -346,7 +277,7 @@ def test_a_resumed_run_takes_the_same_steps_as_an_uninterrupted_one(second, tmp_
     device = on_xla() if second == "xla" else {}
     resumed = train(device, options={"max_epochs": 2}, ckpt=tmp_path / "half.ckpt", **options)
     assert resumed.clippers[0].steps == 42
-    assert whole.left_out > 0
+    assert whole.skipped > 0
     assert_alike(resumed, whole)
 
 
@@ -356,19 +287,18 @@ class Scaled(XLAPrecision):
     scaler = torch.amp.GradScaler("cpu")
 
 
-def test_a_loss_scaler_is_refused():
+def test_a_loss_scaler_raises():
     with pytest.raises(MisconfigurationException, match=r"does not support the loss scaler of `Scaled`.*bf16-true"):
         train(on_xla(Scaled()))
 
 
-def test_shards_of_xla_are_refused():
+def test_shards_of_xla_raise():
     from torch_xla.distributed.fsdp import XlaFullyShardedDataParallel
 
     model = XlaFullyShardedDataParallel(nn.Linear(4, 2).to(torch_xla.device()))
     model(torch.ones(1, 4, device=torch_xla.device())).sum().backward()
-    optimizer = sgd(model.parameters())
     with pytest.raises(ValueError, match=r"holds a part .* Use `XLAStrategy` instead of `XLAFSDPStrategy`"):
-        GradientClipper(Percentile(50)).clip_(optimizer)
+        GradientClipper(Percentile(50)).clip_(sgd(model.parameters()))
 
 
 @pytest.fixture(scope="module")
@@ -397,11 +327,9 @@ def test_two_devices_take_the_steps_of_one_process(name, two_devices, tmp_path):
 
 
 @pytest.mark.distributed
-def test_a_resumed_run_on_two_devices_equals_one_that_was_not_stopped(two_devices):
+def test_a_resumed_run_on_two_devices_equals_an_uninterrupted_one(two_devices):
     for rank in (0, 1):
-        whole, resumed = (
-            torch.load(two_devices / name / "ranks" / f"{rank}.pt") for name in ("norm, bound", "resumed")
-        )
+        whole, resumed = (torch.load(two_devices / name / "ranks" / f"{rank}.pt") for name in ("limited", "resumed"))
         assert len(resumed.pop("own")) == len(whole.pop("own")) / 2
         assert resumed.pop("counts") == whole.pop("counts") == (20, 0)
         for key, expected in whole.items():

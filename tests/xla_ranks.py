@@ -42,9 +42,8 @@ from lightning_autoclip import AutoClip
 TRIES, PATIENCE = 4, 60.0
 RUNS: dict[str, dict[str, Any]] = {
     "norm": {},
-    "value": {"gradient_clip_algorithm": "value"},
-    "norm, bound": {"max_update_ratio": "auto"},
-    "value, bound": {"gradient_clip_algorithm": "value", "max_update_ratio": "auto"},
+    "limited": {"max_update_ratio": "auto"},
+    "value, limited": {"gradient_clip_algorithm": "value", "max_update_ratio": "auto"},
     "a NaN on one rank": {"factors": ONE_NAN},
     "manual optimization": {"net": Manual},
     "resumed": {"max_update_ratio": "auto", "is_resumed": True},
@@ -120,7 +119,7 @@ class ReducesFirst(Callback):
 
 
 class Keeps(Callback):
-    """Writes what a rank has at the end, and what norms its own batches gave, which are not to be read in a step."""
+    """Writes what a rank has at the end, and what norms its own batches gave, which are read then."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -134,12 +133,11 @@ class Keeps(Callback):
         autoclip = next(each for each in trainer.callbacks if isinstance(each, AutoClip))
         (clipper,), spikes = autoclip.clippers, [spike for spike in autoclip.spikes() if math.isfinite(spike["norm"])]
         kept = {
-            "norms": clipper.history.recorded,
-            "threshold": torch.as_tensor(float(clipper.policy(clipper.history))),
+            "norms": clipper.history.values,
             "largest": torch.tensor([[spike["norm"], spike["threshold"]] for spike in spikes]),
             "weights": weights(pl_module).cpu(),
             "own": torch.stack(self.own).cpu(),
-            "counts": (clipper.steps, clipper.nonfinite_total),
+            "counts": (clipper.steps, clipper.nonfinite_steps),
         }
         torch.save(kept, self.folder / f"{trainer.global_rank}.pt")
 

@@ -70,5 +70,5 @@ def rules() -> dict[str, Callable[[], Arguments]]:
             found[f"ours, {algorithm}, p{percentile}"] = lambda p=percentile, a=algorithm: {
                 "callbacks": [AutoClip(p, gradient_clip_algorithm=a, max_update_ratio=None, verbose=False)]
             }
-    found["ours, norm, p50, bound by the weights"] = lambda: {"callbacks": [AutoClip(verbose=False)]}
+    found["ours, norm, p50, max_update_ratio"] = lambda: {"callbacks": [AutoClip(verbose=False)]}
     return found

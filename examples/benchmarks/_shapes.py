@@ -23,7 +23,7 @@ class Shape(LightningModule):
 
 
 class MLP(Shape):
-    """6 tensors, 9,000 entries."""
+    """6 tensors, 9,000 elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class MLP(Shape):
 
 
 class Transformer(Shape):
-    """150 tensors, 10 million entries."""
+    """150 tensors, 10 million elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Transformer(Shape):
 
 
 class Large(Shape):
-    """100 tensors, 50 million entries: a linear loss, whose gradients are noise."""
+    """100 tensors, 50 million elements: a linear loss, whose gradients are noise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Large(Shape):
 
 
 class ManyTensors(Shape):
-    """10,000 tensors of 100 entries: a linear loss too, of one operation, so that little but clipping counts them."""
+    """10,000 tensors of 100 elements: a linear loss too, of one operation, so that little but clipping counts them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,15 +1,18 @@
 """Which operations a step dispatches on an accelerator: `python examples/benchmarks/operations.py [--names]`.
 
 Where nothing waits for the device, its launches are what a step costs. They are counted on the CPU, in the form that a
-step has on an accelerator, beside torch's `clip_grad_norm_` and `clip_grad_value_`. Views are no launches. The one copy
-to the host of a step that is read is no operation on the CPU: it comes on top where the table says "one read".
+step has on an accelerator, beside torch's `clip_grad_norm_` and `clip_grad_value_`. Views are no launches. `clone` is
+what copies the numbers of a step to pinned memory there. Where the table says "one read", the copy for which the host
+waits is no operation on the CPU: it comes on top.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,15 +20,15 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_autoclip import GradientClipper, Percentile
-from lightning_autoclip.clipping import _numbers
+from lightning_autoclip import GradientClipper, Percentile, clip, gradients, step
+from lightning_autoclip.clipper import clip_together_
 
 VIEWS = {"view", "slice", "select", "unbind", "detach", "alias", "as_strided", "expand", "unsqueeze", "t", "lift_fresh"}
 WARM = 16  # steps before the one that is counted: the window is full, and the weights are no longer measured each time
 # Name, algorithm, whether the optimizer is fused, what becomes of non-finite steps, `max_update_ratio`.
 Rule = tuple[str, str, bool, str, float | None]
 RULES: list[Rule] = [
-    (f"{algorithm}, {name}{', bound by the weights' if ratio else ''}", algorithm, fused, nonfinite, ratio)
+    (f"{algorithm}, {name}{', max_update_ratio' if ratio else ''}", algorithm, fused, nonfinite, ratio)
     for algorithm in ("norm", "value")
     for name, fused, nonfinite, ratio in (
         ("skip, ordinary, one read", False, "skip", None),
@@ -52,6 +55,30 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Elsewhere(list[Any]):
+    """Tensors that are taken to be on a GPU: which device it is, is asked of the first one."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return SimpleNamespace(device=SimpleNamespace(type="cuda"))
+
+
+@contextmanager
+def accelerator_form() -> Iterator[None]:
+    """Steps take the form that they have on a GPU: numbers are read one step later, and clipping is by many at once."""
+    names: dict[str, Any] = {
+        "clamp_": lambda tensors, limit: clip.clamp_(Elsewhere(tensors), limit),
+        "multiply_": lambda tensors, coef: clip.multiply_(Elsewhere(tensors), coef),
+    }
+    before = {name: getattr(step, name) for name in names}
+    can_read_later, gradients.can_read_later = gradients.can_read_later, lambda device: True
+    vars(step).update(names)
+    try:
+        yield
+    finally:
+        gradients.can_read_later = can_read_later
+        vars(step).update(before)
+
+
 def optimizer_of(count: int, fused: bool) -> Optimizer:
     parameters = [nn.Parameter(torch.zeros(4)) for _ in range(count)]
     return SGD(parameters, lr=1e-30, fused=fused)
@@ -64,8 +91,8 @@ def set_gradients(optimizer: Optimizer, factor: float) -> None:
 
 def operations(optimizer: Optimizer, clip: Callable[[], object], factor: float = 5.0) -> Counter[str]:
     """What the step dispatches that follows on some smaller ones, and is clipped."""
-    for step in range(WARM):
-        set_gradients(optimizer, 1.0 + step % 3)
+    for number in range(WARM):
+        set_gradients(optimizer, 1.0 + number % 3)
         clip()
         optimizer.step()
     set_gradients(optimizer, factor)
@@ -81,11 +108,17 @@ def of_rule(rule: Rule, count: int, window: int | None = 10, factor: float = 5.0
     arguments: dict[str, Any] = {"gradient_clip_algorithm": algorithm, "nonfinite": nonfinite}
     clipper = GradientClipper(Percentile(50), window=window, max_update_ratio=ratio, **arguments)
     clipper.clipped_norm_every = 10**9  # by value: the step that is counted is one of the many without that measurement
-    reads_are_free, _numbers.reads_are_free = _numbers.reads_are_free, lambda device: False
-    try:
+    with accelerator_form():
         return operations(optimizer, lambda: clipper.clip_(optimizer), factor)
-    finally:
-        _numbers.reads_are_free = reads_are_free
+
+
+def of_groups(count: int, parameters: int = 100) -> Counter[str]:
+    """The operations of one step of so many groups of a fused optimizer's parameters, by norm and without a read."""
+    optimizer = optimizer_of(parameters, fused=True)
+    positions: list[Sequence[int]] = [range(i, parameters, count) for i in range(count)]
+    groups = [(GradientClipper(Percentile(50), window=10), own) for own in positions]
+    with accelerator_form():
+        return operations(optimizer, lambda: clip_together_(groups, optimizer))
 
 
 def of_torch(algorithm: str, count: int) -> Counter[str]:

@@ -91,7 +91,7 @@ def rules(parameters: list[nn.Parameter]) -> dict[str, Callable[[], object]]:
     fused_sgd = SGD(parameters, lr=1e-9, fused=True)
     for name, optimizer in {"fused": fused_sgd, "ordinary, one read": plain}.items():
         clipper = GradientClipper(Percentile(50), max_update_ratio=0.25)
-        calls[f"ours, norm, {name}, bound by the weights"] = lambda c=clipper, o=optimizer: c.clip_(o)
+        calls[f"ours, norm, {name}, max_update_ratio"] = lambda c=clipper, o=optimizer: c.clip_(o)
     full = GradientClipper(Percentile(50), window=None)
     calls["ours, norm, fused, full history"] = lambda: full.clip_(fused)
     fixed = GradientClipper(Constant(1.0), nonfinite="ignore")

@@ -52,7 +52,7 @@ NEW = ("new", "further")
 OF_GROUP = {"scale": SCALE_RULES, "rate": RATE_RULES, "paper": tuple(TABLE), "new": NEW_RULES,
             "further": ("none", "fixed norm 1", DEFAULT)}  # fmt: skip
 COLUMNS = ("task", "rule", "seed", "steps", "error", "si_sdr", "clipped", "factor", "bounded", "update", "seconds")
-OF_REPORT = {"clipped": "clipped_fraction", "factor": "clip_coef_mean", "bounded": "bounded_fraction",
+OF_REPORT = {"clipped": "clipped_fraction", "factor": "clip_coef_mean", "bounded": "limited_fraction",
              "update": "update_ratio"}  # fmt: skip
 
 Run = tuple[str, str, int, int]  # task, rule, seed, steps

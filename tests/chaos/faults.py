@@ -22,8 +22,7 @@ from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader
 
 from lightning_autoclip import AutoClip
-from lightning_autoclip.checkpoint import read_run
-from lightning_autoclip.settings import STATE_KEY
+from lightning_autoclip.checkpoint import STATE_KEY, read_run
 
 CALLS = ("log_metrics", "log_hyperparams", "save", "finalize", "after_save_checkpoint", "log_graph")
 STEPS = 30
@@ -85,13 +84,13 @@ def fit(rows: Any, checkpoints: Path, *callbacks: Any, ckpt: Any = None, every: 
     return callback, model, None
 
 
-def assert_goes_on(folder: Path, callback: Any, error: Any, number: str) -> str:
+def assert_resumes(folder: Path, callback: Any, error: Any, number: str) -> str:
     """The error is that of the disk; the report and a checkpoint are there; the run resumes to the same end."""
     assert isinstance(error, OSError), repr(error)
     assert number in str(error), error
     steps = callback.clippers[0].steps if callback.clippers else 0
     assert f"{steps} steps" in str(callback.report()) or not steps
-    assert sum(each.steps for trace in callback.traces.values() for each in trace.bins) == steps
+    assert sum(each.steps for log in callback.logs.values() for each in log.bins) == steps
     found = [(torch.load(path, weights_only=True)["global_step"], path) for path in complete(folder / "checkpoints")]
     step, path = max(found) if found else (0, None)
     whole, expected, _ = fit(CSVLogger(folder.parent / "whole"), folder.parent / "whole" / "checkpoints")
@@ -114,13 +113,13 @@ def complete(folder: Path) -> list[Path]:
 
 
 def files_that_cannot_grow(folder: Path, random: Random) -> str:
-    """The rows no longer fit: the error comes through, what was recorded stays in memory."""
+    """The rows no longer fit: the error comes through, the history stays in memory."""
     limit = random.randint(500, 6000)
     first = folder / "disk"
     rows, many = CSVLogger(first), folder / "disk" / "checkpoints"
     with small_files(10**7):
         callback, _, error = fit(rows, many, At(random.randint(6, 20), lambda: _limit(limit)))
-    return assert_goes_on(first, callback, error, "File too large")
+    return assert_resumes(first, callback, error, "File too large")
 
 
 def _limit(size: int) -> None:
@@ -136,7 +135,7 @@ def a_disk_that_fills_up(folder: Path, random: Random) -> str:
         callback, _, error = fit(CSVLogger(folder / "disk"), folder / "disk" / "checkpoints")
         if error is None:
             return f"{size} KiB sufficed"
-        return f"{size} KiB: " + assert_goes_on(folder / "disk", callback, error, "No space left")
+        return f"{size} KiB: " + assert_resumes(folder / "disk", callback, error, "No space left")
 
 
 def a_disk_that_becomes_read_only(folder: Path, random: Random) -> str:
@@ -148,7 +147,7 @@ def a_disk_that_becomes_read_only(folder: Path, random: Random) -> str:
         step = random.randint(1, STEPS - 1)
         freeze = At(step, lambda: subprocess.run(command, check=True))
         callback, _, error = fit(CSVLogger(folder / "disk"), folder / "disk" / "checkpoints", freeze)
-        return f"read-only at step {step}: " + assert_goes_on(folder / "disk", callback, error, "Read-only file system")
+        return f"read-only at step {step}: " + assert_resumes(folder / "disk", callback, error, "Read-only file system")
 
 
 def a_folder_below_a_file(folder: Path, random: Random) -> str:
@@ -195,7 +194,7 @@ class Failing(Logger):
 
 
 def a_logger_that_fails(folder: Path, random: Random) -> str:
-    """In whichever call: its own error comes through, or a warning; the record is that of the steps that were made."""
+    """In whichever call: its own error comes through, or a warning; the history is of the steps that were made."""
     said = []
     for call in CALLS:
         at, others = random.randint(1, 4), Failing("none")
@@ -204,39 +203,59 @@ def a_logger_that_fails(folder: Path, random: Random) -> str:
         assert error is None or str(error) == f"{call} failed", error
         steps = callback.clippers[0].steps if callback.clippers else 0
         assert error is not None or steps == STEPS, (call, steps)
-        assert sum(each.steps for trace in callback.traces.values() for each in trace.bins) == steps
+        assert sum(each.steps for log in callback.logs.values() for each in log.bins) == steps
         assert f"{steps} steps" in str(callback.report()) or not steps
         if error is not None and steps:
-            assert_nothing_is_lost(last.ckpt_path, logger, others, call)
-        said.append(f"{call}: {'went on' if error is None else f'raised after {steps} steps'}")
+            assert_nothing_is_lost(last.ckpt_path, others, call)
+        said.append(f"{call}: {'continued' if error is None else f'raised after {steps} steps'}")
     return ", ".join(said)
 
 
-def assert_nothing_is_lost(path: str, failed: Failing, other: Failing, call: str) -> None:
-    """Every step up to the checkpoint is in a row that a logger has taken, or waits for its row."""
-    scope = torch.load(path, weights_only=True)["callbacks"][STATE_KEY]["scopes"]["autoclip/"]
-    waiting = {int(step) for step in scope["held"]["points"][:, 0]}
-    told = [step for step, row in other.rows if "autoclip/step/threshold" in row]
-    steps = range(scope["clipper"]["steps"])
-    assert set(steps) <= waiting | set(told), (call, waiting, told)
-    assert len(told) == len(set(told)), (call, told)
+def loaded(path: str) -> tuple[Any, Any]:
+    """The clipper and the log of a checkpoint."""
+    callback = AutoClip(30, window=7, log_every_step=True, verbose=False)
+    callback.load_state_dict(torch.load(path, weights_only=True)["callbacks"][STATE_KEY])
+    return callback.clippers[0], callback.logs["autoclip/"]
+
+
+def waiting_steps(log: Any) -> range:
+    """The steps that wait for their row."""
+    first, last = log.span or (0, -1)
+    return range(int(first), int(last) + 1)
+
+
+def rows_of(logger: Failing, key: str) -> dict[int, dict[str, float]]:
+    """By step the rows that have a key: of one step, all are equal."""
+    rows: dict[int, dict[str, float]] = {}
+    for step, row in logger.rows:
+        if f"autoclip/{key}" in row:
+            assert rows.setdefault(step, row) == row, (step, row)
+    return rows
+
+
+def assert_nothing_is_lost(path: str, other: Failing, call: str) -> None:
+    """Every step up to the checkpoint is in a row that the other logger has taken, or waits for its row."""
+    clipper, log = loaded(path)
+    logged, waiting = max(rows_of(other, "nonfinite_total"), default=-1), waiting_steps(log)
+    assert {*range(clipper.steps)} <= {*range(logged + 1), *waiting}, (call, logged, waiting)
+    assert log.steps == clipper.steps
     assert read_run(Path(path)).report().sections
 
 
 def a_single_logger_that_fails(folder: Path, random: Random) -> str:
-    """Rows that nobody has taken wait in the checkpoint, and the resumed run logs them."""
+    """A row that no logger has taken waits in the checkpoint, and the resumed run logs it."""
     at = random.randint(1, 12)
     last, logger, whole = OnExceptionCheckpoint(folder), Failing("log_metrics", at), Failing("none")
     _, _, error = fit(logger, folder / "a", last, every=1000)
     assert str(error) == "log_metrics failed", error
     fit(whole, folder / "b", every=1000)
     fit(rest := Failing("none"), folder / "c", ckpt=last.ckpt_path, every=1000)
-    waiting = torch.load(last.ckpt_path, weights_only=True)["callbacks"][STATE_KEY]["scopes"]["autoclip/"]["held"]
-    thresholds, expected = (
-        [row["autoclip/step/threshold"] for _, row in each.rows if "autoclip/step/threshold" in row]
-        for each in (rest, whole)
-    )
-    assert len(waiting["points"]), "the steps of the row that was refused"
-    assert len(thresholds) >= len(waiting["points"])
-    assert thresholds == expected[-len(thresholds) :]
-    return f"at call {at}: {len(waiting['points'])} steps waited, and were logged by the resumed run"
+    waiting = waiting_steps(loaded(last.ckpt_path)[1])
+    norms, of_steps = rows_of(whole, "step/grad_norm"), rows_of(rest, "step/grad_norm")
+    assert len(waiting), "the steps of the row that the logger did not take"
+    assert of_steps == {step: row for step, row in norms.items() if step in of_steps}
+    first, row = next(iter(rows_of(rest, "grad_norm_max").items()))
+    of_row = [norms[step]["autoclip/step/grad_norm"] for step in range(waiting[0], first + 1) if step in norms]
+    assert row["autoclip/grad_norm_max"] == max(of_row)
+    assert abs(row["autoclip/grad_norm_mean"] - sum(of_row) / len(of_row)) < 1e-9 * max(of_row)
+    return f"at call {at}: {len(waiting)} steps waited, and were logged by the resumed run"

@@ -41,10 +41,10 @@ def damaged(data: bytes, random: Random) -> bytes:
 
 def says_something(command: str, path: Path) -> bool:
     """Whether a command of ours has a report of a file, rather than one line that says why not."""
-    said, refused = io.StringIO(), io.StringIO()
-    with redirect_stdout(said), redirect_stderr(refused):
+    said, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(said), redirect_stderr(errors):
         code = main([command, str(path), *(["--plot", str(path.parent / "plot.png")] if command == "report" else [])])
-    lines = refused.getvalue().splitlines()
+    lines = errors.getvalue().splitlines()
     assert code == (0 if said.getvalue() else 1), (code, lines)
     assert code == 0 or len(lines) == 1, lines
     assert all(line.isprintable() for line in [*said.getvalue().splitlines(), *lines])

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from wandb_reader import read_runs, rows_on_disk
 
 from lightning_autoclip import AutoClip
-from lightning_autoclip.settings import STATE_KEY
+from lightning_autoclip.checkpoint import STATE_KEY
 
 SCALES = (1, 3, float("nan"), 0.5, 40, 1, float("inf"), 2, 1, 8, 1, 1, 5)
 
@@ -221,7 +221,7 @@ def assert_same(first: Any, second: Any, where: str) -> None:
 
 
 def assert_same_end(plan: Plan, expected: Path, folder: Path) -> None:
-    """Weights, record, trace and report are those of the uninterrupted run, on every rank."""
+    """Weights, history, log and report are those of the uninterrupted run, on every rank."""
     for rank in range(plan.ranks):
         first, second = (torch.load(each / f"result-{rank}.pt", weights_only=True) for each in (expected, folder))
         for key in ("weights", "state", "report", "spikes"):
@@ -302,7 +302,7 @@ def kill_and_resume(folder: Path, random: Random, plan: Plan, kills: int) -> str
 
 
 def interrupt_and_resume(folder: Path, random: Random, plan: Plan, times: int, number: int) -> str:
-    """Interrupt or terminate a run; what it saves then has the weights and the record of the same step."""
+    """Interrupt or terminate a run; what it saves then has the weights and the history of the same step."""
     duration, struck, torn = uninterrupted(plan, folder / "whole"), 0, 0
     after = torch.load(folder / "whole" / "result-0.pt", weights_only=True)
     norms = norms_of(folder / "whole")
@@ -317,7 +317,7 @@ def interrupt_and_resume(folder: Path, random: Random, plan: Plan, times: int, n
             if is_within_a_step(saved):  # the weights may have made all or a part of what nobody has counted yet
                 torn += 1
                 equal.append(saved["global_step"])
-            assert_record_of(saved, equal, norms, path)
+            assert_history_of(saved, equal, norms, path)
         if number == signal.SIGTERM:
             finish(start(plan, folder / f"{part}", 1), folder)
             assert_same_end(plan, folder / "whole", folder / f"{part}")
@@ -326,7 +326,7 @@ def interrupt_and_resume(folder: Path, random: Random, plan: Plan, times: int, n
 
 def norms_of(folder: Path) -> list[float]:
     state = torch.load(folder / "result-0.pt", weights_only=True)["state"]
-    return state["scopes"]["autoclip/"]["clipper"]["history"]["values"].tolist()
+    return state["groups"]["autoclip/"]["clipper"]["history"]["values"]
 
 
 def saved_vector(saved: dict[str, Any]) -> bytes:
@@ -339,11 +339,11 @@ def is_within_a_step(saved: dict[str, Any]) -> bool:
     return bool(made["ready"] != made["completed"])
 
 
-def assert_record_of(saved: dict[str, Any], steps: list[int], norms: list[float], path: Path) -> None:
-    """The record is of one of so many steps (those that were left out leave no trace in the weights)."""
-    scope = saved["callbacks"][STATE_KEY]["scopes"]["autoclip/"]
-    clipper, values = scope["clipper"], scope["clipper"]["history"]["values"].tolist()
+def assert_history_of(saved: dict[str, Any], steps: list[int], norms: list[float], path: Path) -> None:
+    """The history is of one of so many steps (those that were skipped change no weight)."""
+    group = saved["callbacks"][STATE_KEY]["groups"]["autoclip/"]
+    clipper, values = group["clipper"], group["clipper"]["history"]["values"]
     assert clipper["steps"] in steps, (path, clipper["steps"], steps)
-    assert scope["trace"]["bins"][:, 2].sum() == clipper["steps"], path
+    assert group["log"]["steps"] == clipper["steps"], path
     assert values == norms[: len(values)], path
-    assert len(values) == clipper["steps"] - clipper["nonfinite_total"], path
+    assert len(values) == clipper["steps"] - clipper["nonfinite_steps"], path

@@ -1,6 +1,6 @@
 """Try every scenario again and again with new random numbers: ``python tests/chaos/long.py --minutes 60 --seed 7``.
 
-Each try is told with its own seed, which ``--only NAME --seed SEED --minutes 0`` repeats; what fails leaves its folder.
+Each try is printed with its seed, which ``--only NAME --seed SEED --minutes 0`` repeats; failed ones leave a folder.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """All scenarios by name: what is tried with a folder and a source of random numbers, and says what it did.
 
-`tests/test_chaos.py` tries some of them with fixed seeds, `tests/chaos/long.py` all of them for as long as it is told.
+`tests/test_chaos.py` tries some of them with fixed seeds, `tests/chaos/long.py` all of them for so many minutes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def killed(folder: Path, random: Random, kill_times: int = 6, **options: Any) ->
     return kills.kill_and_resume(folder, random, plan, kill_times)
 
 
-def broken_off(folder: Path, random: Random, number: int = signal.SIGINT, times: int = 6) -> str:
+def interrupted(folder: Path, random: Random, number: int = signal.SIGINT, times: int = 6) -> str:
     """Signals that a process may answer."""
     clip = {**random.choice(CLIPS[:4]), "window": None, "skip_above": None}
     plan = kills.Plan(clip, every=random.choice([3, 7, 100]), saves_on_exception=True)
@@ -42,8 +42,8 @@ SCENARIOS: dict[str, Scenario] = {
     "kill -9, CSV": killed,
     "kill -9, two ranks": partial(killed, ranks=2, kill_times=3),
     "kill -9, W&B offline": partial(killed, logger="wandb", kill_times=3),
-    "Ctrl-C": broken_off,
-    "SIGTERM": partial(broken_off, number=signal.SIGTERM, times=3),
+    "Ctrl-C": interrupted,
+    "SIGTERM": partial(interrupted, number=signal.SIGTERM, times=3),
     "files that cannot grow": faults.files_that_cannot_grow,
     "a disk that fills up": faults.a_disk_that_fills_up,
     "a disk that becomes read-only": faults.a_disk_that_becomes_read_only,

@@ -43,7 +43,7 @@ def test_a_loaded_model_goes_on_with_the_record(page):
 
 def test_safe_loading_refuses_the_callback_by_name(page):
     page["model"].save("model.pt")
-    with pytest.raises(Exception, match=r"lightning_autoclip.autoclip.AutoClip` is not allow-listed"):
+    with pytest.raises(Exception, match=r"lightning_autoclip.lightning.autoclip.AutoClip` is not allow-listed"):
         BlockRNNModel.load("model.pt")
 
 

@@ -1,1 +1,0 @@
-"""What happens in a step: measure, record, decide, clip. Serves any PyTorch loop; knows no Trainer."""

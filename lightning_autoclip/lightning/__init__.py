@@ -1,0 +1,1 @@
+"""The callback: what knows Lightning's Trainer."""

@@ -1,0 +1,203 @@
+"""`max_update_ratio`: a limit on how far a step of SGD may move a weight matrix, relative to its norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from inspect import unwrap
+from numbers import Real
+from operator import mul
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import SGD
+
+from lightning_autoclip.gradients import Numbers, at, on_device
+from lightning_autoclip.history import Number, constant
+from lightning_autoclip.optimizers import wrapped_in
+
+_SGD_LIKE = ("FusedSGD", "SGDW")  # Apex and DeepSpeed, timm; beside torch's SGD
+_EACH = 16  # so many first steps measure the weights, and later one step of so many
+_LEAST_LEFT = 1e-3  # of 1 - momentum
+_LEAST_OF_INITIAL = 0.1  # of the rate that a schedule was made with: what is small now may be multiplied by that soon
+
+
+def is_sgd_like(optimizer: Any) -> bool:
+    """Whether a gradient twice as large makes the optimizer, or the one that it wraps, take a step twice as long.
+
+    A subclass of torch's SGD counts as long as its step is that of SGD.
+    """
+    kind = type(wrapped_in(optimizer)[-1])
+    return kind.__name__ in _SGD_LIKE or (issubclass(kind, SGD) and unwrap(kind.step) is unwrap(SGD.step))
+
+
+class Rates:
+    """How far an optimizer moves a weight per unit of a gradient that stays as it is, in each of its groups.
+
+    The learning rate times (1 - dampening) / (1 - momentum), at least times 1, with or without Nesterov's variant: what
+    a gradient adds to the momentum buffer comes to so much over the steps that follow, unless the rate rises.
+
+    Args:
+        optimizer: The optimizer that makes the step.
+        parameters: Of the optimizer that is measured, which may wrap it: the same ones, maybe in another order.
+
+    Attributes:
+        of_groups: By the number of the group.
+        unread: Those that the host does not know: of learning rates that are tensors of an accelerator.
+    """
+
+    __slots__ = ("_groups", "_parameters", "of_groups", "unread")
+
+    def __init__(self, optimizer: Any, parameters: Sequence[Tensor]) -> None:
+        self._groups, self._parameters = optimizer.param_groups, parameters
+        self.of_groups: list[Number] = [_rate(group) for group in self._groups]
+        self.unread = [rate for rate in self.of_groups if isinstance(rate, Tensor)]
+
+    def read(self, values: Sequence[float]) -> None:
+        """Take the values of :attr:`unread`."""
+        left = iter(values)
+        self.of_groups = [next(left) if isinstance(rate, Tensor) else rate for rate in self.of_groups]
+        self.unread = []
+
+    @property
+    def common(self) -> float | None:
+        """The rate of all groups; ``None`` if they differ, or if the host cannot tell."""
+        first = self.of_groups[0]
+        is_one = not self.unread and self.of_groups.count(first) == len(self.of_groups)
+        return float(first) if is_one else None
+
+    def of_parameters(self, positions: Sequence[int] | None) -> list[float]:
+        """The rate of each parameter; of those at these positions, if there are some."""
+        return [float(self.of_groups[group]) for group in at(self._group_of(), positions)]
+
+    def on_device(self, positions: Sequence[int] | None, like: Tensor) -> tuple[Tensor, float]:
+        """The rate of each parameter on a device, in units of a number that comes with them."""
+        group_of: tuple[int, ...] = tuple(at(self._group_of(), positions))
+        if self.unread:
+            there = [rate if isinstance(rate, Tensor) else constant(rate, like.device) for rate in self.of_groups]
+            each = torch.stack([rate.to(like.device, non_blocking=True) for rate in there])
+            return each.index_select(0, on_device(group_of, torch.int64, like.device)), 1.0
+        largest = max(map(float, self.of_groups)) or 1.0
+        # Schedules change all rates alike: what they are relative to each other is copied to the device once.
+        parts = [float(f"{rate / largest:.6g}") for rate in self.of_groups]
+        return on_device(tuple(parts[group] for group in group_of), like.dtype, like.device), largest
+
+    def _group_of(self) -> Any:
+        """For each parameter the number of its group."""
+        numbers: dict[int, int] = {}
+        for number, group in enumerate(self._groups):
+            for key in map(id, group["params"]):
+                numbers.setdefault(key, number)
+        return [numbers[id(parameter)] for parameter in self._parameters]
+
+
+def _rate(group: dict[str, Any]) -> Number:
+    rate: Any = group["lr"]
+    momentum, gain, least = group.get("momentum"), 1.0, 0.0
+    if momentum:
+        gain = max((1 - group.get("dampening", 0.0)) / max(1 - momentum, _LEAST_LEFT), 1.0)
+        initial = group.get("initial_lr", 0.0)  # which schedulers leave here
+        least = _LEAST_OF_INITIAL * float(initial) if isinstance(initial, Real) else 0.0
+    if isinstance(rate, Tensor):
+        if rate.device.type != "cpu":
+            return rate.detach().reshape(()).to(torch.float32).abs() * gain
+        rate = rate.item()
+    return float(max(abs(rate), least) * gain)
+
+
+class WeightNorms(NamedTuple):
+    """The norms of the parameters as they were measured last.
+
+    Attributes:
+        step: At which step; 0 before any.
+        norms: Of each parameter; infinite of those that the limit does not regard.
+    """
+
+    step: int = 0
+    norms: Numbers = []  # noqa: RUF012
+
+
+class UpdateRatioLimit:
+    """No step moves a weight matrix by more than a part of its own norm.
+
+    A weight matrix is a parameter of two dimensions or more; where there is none, every parameter counts as one.
+
+    Args:
+        ratio: That part, above 0.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        self.reset()
+
+    def reset(self) -> None:
+        """Have the weights measured anew."""
+        self._trained: tuple[bool, ...] | None = None
+        self._inverse: tuple[int, list[float]] = (-1, [])  # of the weights that were measured at a step
+        self._inverse_on_device: tuple[int, Tensor] = (-1, torch.empty(0))
+
+    def is_due(self, step: int, weights: WeightNorms, trained: tuple[bool, ...]) -> bool:
+        """Whether the weights are to be measured at a step, counted from 1; from one to the next they change little.
+
+        Args:
+            step: The step.
+            weights: As they were measured last.
+            trained: Which parameters of the optimizer are: others than before are measured at once.
+        """
+        before, self._trained = self._trained, trained
+        is_new = len(weights.norms) != len(trained) or (before is not None and before != trained)
+        return step <= _EACH or step % _EACH == 0 or is_new
+
+    def measured(self, step: int, norms: Any, shapes: Sequence[torch.Size | None], is_read: bool) -> WeightNorms:
+        """Keep the norms of the matrices among the parameters.
+
+        Args:
+            step: The step at which they were measured.
+            norms: 0 of what is not trained.
+            shapes: Of each parameter; ``None`` of what does not count.
+            is_read: Whether the norms are floats.
+        """
+        dims = [-1 if shape is None else len(shape) for shape in shapes]
+        least = 1 if max(dims, default=0) > 1 else -1
+        if is_read:
+            norms = [norm if dim > least and norm > 0 else math.inf for norm, dim in zip(norms, dims, strict=True)]
+            self._inverse = step, [1 / norm for norm in norms]
+        else:
+            others = on_device(tuple(0.0 if dim > least else math.inf for dim in dims), norms.dtype, norms.device)
+            norms = torch.where(norms > 0, norms + others, constant(math.inf, norms.device, norms.dtype))
+            self._inverse_on_device = step, norms.reciprocal()
+        return WeightNorms(step, norms)
+
+    def update_ratio(
+        self, norms: list[float], weights: WeightNorms, rates: Rates, positions: Sequence[int] | None
+    ) -> float:
+        """By what part of its norm the gradients would move the weight matrix that they move most.
+
+        Args:
+            norms: L2 norm of the gradient of each parameter.
+            weights: Of the same parameters.
+            rates: Of the optimizer.
+            positions: Where the parameters stand among all of the optimizer; ``None``: they are all.
+        """
+        if self._inverse[0] != weights.step:
+            self._inverse = weights.step, [1 / weight for weight in weights.norms]
+        if (rate := rates.common) is None:
+            norms, rate = list(map(mul, norms, rates.of_parameters(positions))), 1.0
+        update: float = max(map(mul, norms, self._inverse[1]))
+        return update * rate
+
+    def update_ratio_unread(
+        self, norms: Tensor, weights: WeightNorms, rates: Rates, positions: Sequence[int] | None
+    ) -> Tensor:
+        """Do the same where the host does not know the norms: shape ``()``."""
+        step, inverse = self._inverse_on_device
+        if step != weights.step or inverse.device != norms.device:
+            known = torch.as_tensor(weights.norms, dtype=norms.dtype)
+            known = known.pin_memory() if norms.is_cuda else known
+            inverse = known.to(norms.device, non_blocking=True).reciprocal()
+            self._inverse_on_device = weights.step, inverse
+        if (rate := rates.common) is not None:
+            return (norms * inverse).max() * rate
+        each, unit = rates.on_device(positions, norms)
+        return (norms * each * inverse).max() * unit
