@@ -285,11 +285,7 @@ def _measured(
     if rates is not None:
         trained = [is_trained(parameter) for parameter in parameters]
         due = any([clipper._weighs(at(trained, positions)) for clipper, positions in groups])  # noqa: C419  # of all
-    measured = gradients.measure(
-        is_read, numels=first.settings.by_value, weights=due, rates=() if rates is None else rates.unread
-    )
-    if rates is not None and is_read:
-        rates.read(measured.rates)
+    measured = gradients.measure(is_read, numels=first.settings.by_value, weights=due)
     norm = norm_of(measured.norms)
     parts: list[Part | None] = []
     for clipper, positions in groups:

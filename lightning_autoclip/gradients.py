@@ -78,13 +78,11 @@ class Measured(NamedTuple):
         numels: Numbers of elements of these gradients, absent ones of sparse gradients included.
         weights: L2 norms of the whole parameters that are trained, 0 of others; none smaller than an RMS element of
             `LEAST_RMS` would make it.
-        rates: Further numbers of the device that were read in the same copy.
     """
 
     norms: Numbers
     numels: Numbers
     weights: Numbers
-    rates: list[float]
 
 
 class Gradients:
@@ -114,9 +112,7 @@ class Gradients:
         if self.device.type == "xla":
             refuse_xla_shards(parameters)
 
-    def measure(
-        self, read: bool, *, numels: bool = False, weights: bool = False, rates: Sequence[Tensor] = ()
-    ) -> Measured:
+    def measure(self, read: bool, *, numels: bool = False, weights: bool = False) -> Measured:
         """Measure the L2 norm of each parameter's whole gradient, 0 where there is none, and what else is asked for.
 
         One collective where gradients are sharded, which every process must join; none elsewhere. The result, and so
@@ -127,29 +123,23 @@ class Gradients:
             read: Have the host read all numbers, in one copy for which it waits on an accelerator.
             numels: Whether elements are counted.
             weights: Whether the parameters are measured too: one more read of as many numbers.
-            rates: Numbers of shape ``()`` on the accelerator that the host is to have with the norms, if it reads them.
         """
         many, found = len(self.tensors), self._norms_of(self.tensors)
         if weights:
             found += self._norms_of([weights_of(parameter) for parameter in self._parameters])
         last = len(found)
+        numbers: Any
         if self.shards is not None:
             sums = self._summed(self._stacked(found), numels)
-            numbers, counts = sums[:last].sqrt(), sums[last:]
-            if read:
-                numbers = torch.cat((numbers, counts, *(rate.reshape(1).to(numbers) for rate in rates)))
-            known: Numbers = numbers.tolist() if read else numbers
-            end = last + len(counts)
-            counts_known: Numbers = known[last:end] if read else counts
+            numbers = torch.cat((sums[:last].sqrt(), sums[last:])) if numels else sums.sqrt()
+        elif read and self.device.type == "cpu" and not can_read_later(self.device):
+            numbers = [norm.item() for norm in found]
         else:
-            counts_known, end = self._held() if numels else [], last
-            if read and self.device.type == "cpu" and not can_read_later(self.device):
-                known = [norm.item() for norm in found]
-            else:
-                numbers = self._stacked([*found, *(rates if read else ())])
-                known = numbers.tolist() if read else numbers
-        others = known[end:] if read else []
-        return Measured(known[:many], counts_known, self._floored(known[many:last]), others)  # type: ignore[arg-type]
+            numbers = self._stacked(found)
+        if read and isinstance(numbers, Tensor):
+            numbers = numbers.tolist()
+        counts = self._held() if numels and self.shards is None else numbers[last:]
+        return Measured(numbers[:many], counts, self._floored(numbers[many:last]))
 
     @cached_property
     def shapes(self) -> list[torch.Size | None]:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-LAYERS: dict[str, Any] = {"steps": int, "shares": [float], "norms": [float], "norm_steps": [float]}
-"""The types of what `layers_state` returned."""
+from lightning_autoclip._checks import check_state
+
+_TYPES: dict[str, Any] = {"steps": int, "shares": [float], "norms": [float], "norm_steps": [float]}
 
 
 class LayerSums(NamedTuple):
@@ -27,34 +28,52 @@ class LayerSums(NamedTuple):
     norms: Tensor
     norm_steps: Tensor
 
+    @classmethod
+    def empty(cls, parameters: int, modules: int = 0) -> LayerSums:
+        """The sums of no step."""
+        return cls(0, *(_vector([0.0] * size) for size in (parameters, modules, modules)))
 
-def no_layers(parameters: int, modules: int = 0) -> LayerSums:
-    """The sums of no step."""
-    sizes = (parameters, modules, modules)
-    return LayerSums(0, *(torch.zeros(size, dtype=torch.float64, device="cpu") for size in sizes))
+    def with_steps(self, squares: Tensor, modules: Sequence[str] = ()) -> LayerSums:
+        """The sums with further steps, added one by one: they do not depend on how many come at once.
+
+        Args:
+            squares: Squared norm of each parameter's gradient at each step: shape ``(k, n)``, float64.
+            modules: Of each parameter its module; none if their norms are not asked for.
+        """
+        steps, shares, norms, _ = self
+        whole = squares.sum(1, keepdim=True)
+        for of_step in (squares / whole)[(whole > 0).flatten()]:
+            steps, shares = steps + 1, shares + of_step
+        for of_step in module_sums(squares, modules).sqrt() if modules else ():
+            norms = norms + of_step
+        return LayerSums(steps, shares, norms, self.norm_steps + len(squares))
+
+    def renamed(self, names: Sequence[Sequence[str]], modules: Sequence[Sequence[str]]) -> LayerSums:
+        """The sums where names stand at other places; 0 of new ones.
+
+        Args:
+            names: Of the parameters, before and after.
+            modules: Likewise.
+        """
+        shares, norms, norm_steps = (
+            _vector([dict(zip(before, sums.tolist(), strict=True)).get(name, 0.0) for name in after])
+            for sums, (before, after) in zip(self[1:], (names, modules, modules), strict=True)
+        )
+        return LayerSums(self.steps, shares, norms, norm_steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sums as a checkpoint holds them."""
+        return {"steps": self.steps, **{key: getattr(self, key).tolist() for key in self._fields[1:]}}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> LayerSums:
+        """The sums of what :meth:`to_dict` returned."""
+        check_state("StepLog.layers", state, _TYPES)
+        return cls(state["steps"], *(_vector(state[key]) for key in cls._fields[1:]))
 
 
-def added(sums: LayerSums, squares: Tensor, modules: Sequence[str] = ()) -> LayerSums:
-    """Sums with further steps, added one by one: they do not depend on how many come at once.
-
-    Args:
-        sums: Those so far.
-        squares: Squared norm of each parameter's gradient at each step: shape ``(k, n)``, float64.
-        modules: Of each parameter its module; none if their norms are not asked for.
-    """
-    steps, shares, norms = sums.steps, sums.shares, sums.norms
-    whole = squares.sum(1, keepdim=True)
-    for of_step in (squares / whole)[(whole > 0).flatten()]:
-        steps, shares = steps + 1, shares + of_step
-    for of_step in module_sums(squares, modules).sqrt() if modules else ():
-        norms = norms + of_step
-    return LayerSums(steps, shares, norms, sums.norm_steps + len(squares))
-
-
-def remapped(sums: Tensor, before: Sequence[str], after: Sequence[str]) -> Tensor:
-    """Sums of names that stand at other places now; 0 of new ones."""
-    known = dict(zip(before, sums.tolist(), strict=True))
-    return torch.tensor([known.get(name, 0.0) for name in after], dtype=torch.float64, device="cpu")
+def _vector(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def module_of(name: str, depth: int) -> str:
@@ -82,14 +101,3 @@ def by_module(shares: dict[str, float], depth: int) -> dict[str, float]:
         module = module_of(name, depth)
         sums[module] = sums.get(module, 0.0) + share
     return sums
-
-
-def layers_state(layers: LayerSums) -> dict[str, Any]:
-    """Sums as a checkpoint holds them."""
-    return {key: value.tolist() if key != "steps" else value for key, value in layers._asdict().items()}
-
-
-def layers_of(state: dict[str, Any]) -> LayerSums:
-    """The sums of what :func:`layers_state` returned."""
-    columns = (torch.tensor(state[key], dtype=torch.float64, device="cpu") for key in LayerSums._fields[1:])
-    return LayerSums(state["steps"], *columns)

@@ -11,17 +11,7 @@ import torch
 
 from lightning_autoclip._checks import check_state
 from lightning_autoclip._text import as_keys
-from lightning_autoclip.layers import (
-    LAYERS,
-    LayerSums,
-    added,
-    layers_of,
-    layers_state,
-    module_of,
-    module_sums,
-    no_layers,
-    remapped,
-)
+from lightning_autoclip.layers import LayerSums, module_of, module_sums
 from lightning_autoclip.step import StepRecord
 from lightning_autoclip.table import LargeStep, Place, Step, as_numbers, from_numbers, in_bins, merged, step_of
 
@@ -78,22 +68,17 @@ class StepLog:
         self.max_update_ratio: float | None = None
         self.names, self.numels = list[str](), list[int]()
         self.step_rows: list[Row] | None = None
-        self._state = _State(0, [], 0, None, (), (), 1, (), (), no_layers(0), no_layers(0))
+        self._state = _State(0, [], 0, None, (), (), 1, (), (), LayerSums.empty(0), LayerSums.empty(0))
 
     def set_parameters(self, names: Sequence[str], numels: Sequence[int]) -> None:
         """Name the parameters: at the start of a fit, or when some have joined the optimizer."""
         if list(names) != self.names:
             state, before, modules = self._folded(), self.names, self.modules
             self.names = list(names)
-            run, interval = no_layers(len(names)), no_layers(len(names), len(self.modules))
+            run, interval = LayerSums.empty(len(names)), LayerSums.empty(len(names), len(self.modules))
             if set(before) & set(names):
-                run = state.run_layers._replace(shares=remapped(state.run_layers.shares, before, names))
-                interval = LayerSums(
-                    state.interval_layers.steps,
-                    remapped(state.interval_layers.shares, before, names),
-                    remapped(state.interval_layers.norms, modules, self.modules),
-                    remapped(state.interval_layers.norm_steps, modules, self.modules),
-                )
+                run = state.run_layers.renamed((before, names), ((), ()))
+                interval = state.interval_layers.renamed((before, names), (modules, self.modules))
             self._state = state._replace(run_layers=run, interval_layers=interval)
         self.numels = list(numels)
 
@@ -124,9 +109,9 @@ class StepLog:
                 state = state._replace(largest=tuple(ordered[:MOST_STEPS]))
         if state.length >= _MOST_WAITING or state.length * len(self.names) * _BYTES > _MOST_BYTES:
             state = self._folded(state)
+        self._state = state
         if self.step_rows is not None:
             self.step_rows.append((place.step, self._step_row(row)))
-        self._state = state
 
     def _step_row(self, row: Step) -> dict[str, float]:
         figures = {"grad_norm": row.norm, "threshold": row.threshold}
@@ -164,8 +149,8 @@ class StepLog:
         run, of_interval = state.run_layers, state.interval_layers
         if measured and self.names:
             squares = torch.tensor(measured, dtype=torch.float64, device="cpu").square()
-            run = added(run, squares)
-            of_interval = added(of_interval, squares, self._module_of_each) if self.layer_depth else of_interval
+            run = run.with_steps(squares)
+            of_interval = of_interval.with_steps(squares, self._module_of_each if self.layer_depth else ())
         return state._replace(
             waiting=[],
             length=0,
@@ -231,7 +216,7 @@ class StepLog:
 
     def flush(self) -> None:
         """Begin a new logging interval."""
-        layers = no_layers(len(self.names), len(self.modules))
+        layers = LayerSums.empty(len(self.names), len(self.modules))
         self._state = self._fold()._replace(interval=None, norms=(), interval_layers=layers)
 
     def _layer_row(self, layers: LayerSums) -> dict[str, float]:
@@ -303,8 +288,8 @@ class StepLog:
             "nonfinite": [(tuple(large.place), *large[1:]) for large in state.nonfinite],
             "names": list(self.names),
             "numels": list(self.numels),
-            "run_layers": layers_state(layers.run_layers),
-            "interval_layers": layers_state(layers.interval_layers),
+            "run_layers": layers.run_layers.to_dict(),
+            "interval_layers": layers.interval_layers.to_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -316,10 +301,10 @@ class StepLog:
         check_state("StepLog", state_dict, _STATE)
         waiting = [(row, None) for row in from_numbers(state_dict["waiting"])]
         largest, nonfinite = (tuple(map(_large_of, state_dict[key])) for key in ("largest", "nonfinite"))
-        run, interval = (layers_of(state_dict[key]) for key in ("run_layers", "interval_layers"))
+        run, interval = (LayerSums.from_dict(state_dict[key]) for key in ("run_layers", "interval_layers"))
         self.names, self.numels = list(state_dict["names"]), list(state_dict["numels"])
         if len(interval.norms) != len(self.modules):  # of another depth
-            interval = no_layers(len(self.names), len(self.modules))
+            interval = LayerSums.empty(len(self.names), len(self.modules))
         self._state = _State(
             state_dict["steps"],
             waiting,
@@ -340,7 +325,7 @@ _STATE: dict[str, Any] = {
     **dict.fromkeys(("steps", "width"), int),
     **{key: [float] for key in ("bins", "interval", "norms", "waiting")},
     **dict.fromkeys(("largest", "nonfinite", "names", "numels"), list),
-    **dict.fromkeys(("run_layers", "interval_layers"), LAYERS),
+    **dict.fromkeys(("run_layers", "interval_layers"), dict),
 }
 
 

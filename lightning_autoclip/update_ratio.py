@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from lightning_autoclip.gradients import Numbers, at, on_device
-from lightning_autoclip.history import Number, constant
+from lightning_autoclip.history import constant
 from lightning_autoclip.optimizers import wrapped_in
 
 _SGD_LIKE = ("FusedSGD", "SGDW")  # Apex and DeepSpeed, timm; beside torch's SGD
@@ -36,52 +36,35 @@ class Rates:
     """How far an optimizer moves a weight per unit of a gradient that stays as it is, in each of its groups.
 
     The learning rate times (1 - dampening) / (1 - momentum), at least times 1, with or without Nesterov's variant: what
-    a gradient adds to the momentum buffer comes to so much over the steps that follow, unless the rate rises.
+    a gradient adds to the momentum buffer comes to so much over the steps that follow, unless the rate rises. A rate
+    that is a tensor of an accelerator is read by the host.
 
     Args:
         optimizer: The optimizer that makes the step.
         parameters: Of the optimizer that is measured, which may wrap it: the same ones, maybe in another order.
 
     Attributes:
-        of_groups: By the number of the group.
-        unread: Those that the host does not know: of learning rates that are tensors of an accelerator.
+        common: The rate of all groups; ``None`` if they differ.
     """
 
-    __slots__ = ("_groups", "_parameters", "of_groups", "unread")
+    __slots__ = ("_groups", "_of_groups", "_parameters", "common")
 
     def __init__(self, optimizer: Any, parameters: Sequence[Tensor]) -> None:
         self._groups, self._parameters = optimizer.param_groups, parameters
-        self.of_groups: list[Number] = [_rate(group) for group in self._groups]
-        self.unread = [rate for rate in self.of_groups if isinstance(rate, Tensor)]
-
-    def read(self, values: Sequence[float]) -> None:
-        """Take the values of :attr:`unread`."""
-        left = iter(values)
-        self.of_groups = [next(left) if isinstance(rate, Tensor) else rate for rate in self.of_groups]
-        self.unread = []
-
-    @property
-    def common(self) -> float | None:
-        """The rate of all groups; ``None`` if they differ, or if the host cannot tell."""
-        first = self.of_groups[0]
-        is_one = not self.unread and self.of_groups.count(first) == len(self.of_groups)
-        return float(first) if is_one else None
+        self._of_groups = rates = [_rate(group) for group in self._groups]
+        self.common = rates[0] if rates.count(rates[0]) == len(rates) else None
 
     def of_parameters(self, positions: Sequence[int] | None) -> list[float]:
         """The rate of each parameter; of those at these positions, if there are some."""
-        return [float(self.of_groups[group]) for group in at(self._group_of(), positions)]
+        return [self._of_groups[group] for group in at(self._group_of(), positions)]
 
     def on_device(self, positions: Sequence[int] | None, like: Tensor) -> tuple[Tensor, float]:
         """The rate of each parameter on a device, in units of a number that comes with them."""
-        group_of: tuple[int, ...] = tuple(at(self._group_of(), positions))
-        if self.unread:
-            there = [rate if isinstance(rate, Tensor) else constant(rate, like.device) for rate in self.of_groups]
-            each = torch.stack([rate.to(like.device, non_blocking=True) for rate in there])
-            return each.index_select(0, on_device(group_of, torch.int64, like.device)), 1.0
-        largest = max(map(float, self.of_groups)) or 1.0
+        rates = self.of_parameters(positions)
+        largest = max(rates) or 1.0
         # Schedules change all rates alike: what they are relative to each other is copied to the device once.
-        parts = [float(f"{rate / largest:.6g}") for rate in self.of_groups]
-        return on_device(tuple(parts[group] for group in group_of), like.dtype, like.device), largest
+        parts = tuple(float(f"{rate / largest:.6g}") for rate in rates)
+        return on_device(parts, like.dtype, like.device), largest
 
     def _group_of(self) -> Any:
         """For each parameter the number of its group."""
@@ -92,18 +75,13 @@ class Rates:
         return [numbers[id(parameter)] for parameter in self._parameters]
 
 
-def _rate(group: dict[str, Any]) -> Number:
-    rate: Any = group["lr"]
+def _rate(group: dict[str, Any]) -> float:
     momentum, gain, least = group.get("momentum"), 1.0, 0.0
     if momentum:
         gain = max((1 - group.get("dampening", 0.0)) / max(1 - momentum, _LEAST_LEFT), 1.0)
         initial = group.get("initial_lr", 0.0)  # which schedulers leave here
         least = _LEAST_OF_INITIAL * float(initial) if isinstance(initial, Real) else 0.0
-    if isinstance(rate, Tensor):
-        if rate.device.type != "cpu":
-            return rate.detach().reshape(()).to(torch.float32).abs() * gain
-        rate = rate.item()
-    return float(max(abs(rate), least) * gain)
+    return max(abs(float(group["lr"])), least) * gain
 
 
 class WeightNorms(NamedTuple):

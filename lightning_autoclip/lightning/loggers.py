@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.utilities import rank_zero_warn
 
@@ -22,72 +20,41 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 CONFIG_KEY = "lightning_autoclip"  # of the settings among the hyperparameters
+_WITH_SERVERS = ("WandbLogger", "MLFlowLogger", "CometLogger")
 _TABLE, _HEALTH = "autoclip_spikes", "autoclip/health"
 
 
-def describe(loggers: Iterable[Logger], settings: Mapping[str, Any], hparams: Mapping[str, Any], step: int) -> None:
-    """Log at the start of a fit how it is clipped: under one key, beside the user's hyperparameters.
+def describe(loggers: Iterable[Logger], settings: dict[str, Any], hparams: Any, step: int) -> None:
+    """Log at the start of a fit how gradients are clipped.
 
     Args:
         loggers: Those of the Trainer.
-        settings: The callback's arguments.
-        hparams: Those of the user's module; what stands under that key stays.
+        settings: The callback's settings.
+        hparams: The hyperparameters of the module; what stands there under our key stays.
         step: The step that the fit begins with.
     """
-    written, hparams = {CONFIG_KEY: dict(settings)}, hparams if isinstance(hparams, Mapping) else {}
-    for logger in loggers:
-        name = type(logger).__name__
-        try:
-            held = _hparams_of(logger).get(CONFIG_KEY, hparams.get(CONFIG_KEY))
-            if held is not None and not _is_ours(held):  # those of a run that is resumed are ours
-                rank_zero_warn(
-                    f"The hyperparameters in `{name}` have a key `{CONFIG_KEY}` of your own ({held!r}), which stays:"
-                    " the callback's settings are not logged. Rename it to have them."
-                )
-            elif _is(logger, "TensorBoardLogger"):
-                _add_to_hparams_file(logger, written[CONFIG_KEY], step)
-            else:
-                logger.log_hyperparams(_flat(written) if _is(logger, "MLFlowLogger") else written)
-        except Exception as error:  # MLflow refuses another value in a run that is resumed
-            rank_zero_warn(f"The callback's settings could not be logged to `{name}`: {error}")
+    for logger in loggers:  # MLflow refuses another value in a run that is resumed
+        _attempt("callback's settings", logger, partial(_log_settings, logger, settings, hparams, step))
 
 
-def _is_ours(settings: Any) -> bool:
-    """Whether hyperparameters under our key are settings of the callback."""
-    return isinstance(settings, Mapping) and {"policy", "gradient_clip_algorithm", "window"} <= settings.keys()
+def _log_settings(logger: Any, settings: dict[str, Any], hparams: Any, step: int) -> None:
+    """As hyperparameters under one key where a server keeps them, as text to TensorBoard, else as a file.
 
-
-def _flat(written: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The settings without the names of groups as keys, of which MLflow takes few."""
-    return {key: {**settings, "groups": str(settings.get("groups"))} for key, settings in written.items()}
-
-
-def _hparams_of(logger: Any) -> Mapping[str, Any]:
-    """What has been logged so far, where that can be told without asking a server."""
-    if _is(logger, "WandbLogger"):
-        return dict(logger.experiment.config)
-    holder = logger if _is(logger, "TensorBoardLogger") else logger.experiment if _is(logger, "CSVLogger") else None
-    return getattr(holder, "hparams", {})
-
-
-def _add_to_hparams_file(logger: Any, settings: dict[str, Any], step: int) -> None:
-    """Add the settings to `hparams.yaml`, which Lightning writes once per run, and show them as a text.
-
-    TensorBoard shows the first hyperparameters of a run alone: those must be the user's, also if they come later.
+    `hparams.yaml` is left to the user's own: Lightning hands all of it to a module that is loaded with it.
     """
-    rows = [{"setting": key, "value": str(value)} for key, value in settings.items()]
-    logger.experiment.add_text("autoclip/settings", markdown_of(rows), step)
-    logger.hparams.update({CONFIG_KEY: settings})
-    logger.save()  # writes the file if there is none
-    path = os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE)
-    files = get_filesystem(path)
-    with files.open(path, "r", encoding="utf-8") as file:
-        # Of a run that is resumed. Within a text of several lines there are empty ones.
-        text = re.sub(rf"^{CONFIG_KEY}:.*\n(?:(?: .*)?\n)*", "", file.read(), flags=re.MULTILINE)
-    users = "" if text.strip() == "{}" else text
-    if users.startswith("{"):
-        raise ValueError(f"expected {path} to have lines `name: value`, but it begins with {users[:20]!r}")
-    _replace_text(files, path, users + yaml.safe_dump({CONFIG_KEY: settings}, sort_keys=False))
+    if _is(logger, "TensorBoardLogger"):
+        rows = [{"setting": key, "value": str(value)} for key, value in settings.items()]
+        logger.experiment.add_text("autoclip/settings", markdown_of(rows), step)
+    elif not any(_is(logger, name) for name in _WITH_SERVERS):
+        _write(logger, "autoclip_settings.json", json.dumps(settings, indent=1))
+    else:
+        config = dict(logger.experiment.config) if _is(logger, "WandbLogger") else {}
+        held = config.get(CONFIG_KEY, hparams.get(CONFIG_KEY) if isinstance(hparams, Mapping) else None)
+        if held is not None and not (isinstance(held, Mapping) and settings.keys() <= held.keys()):
+            raise ValueError(f"the hyperparameters have a key `{CONFIG_KEY}` of your own, which stays: rename it")
+        # Of keys, MLflow takes few: those of groups are names of the user's.
+        groups = str(settings["groups"]) if _is(logger, "MLFlowLogger") else settings["groups"]
+        logger.log_hyperparams({CONFIG_KEY: {**settings, "groups": groups}})
 
 
 def define(loggers: Iterable[Logger], keys: Sequence[str]) -> None:
@@ -218,7 +185,8 @@ def _write(logger: Any, name: str, text: str) -> None:
     if directory := getattr(logger, "log_dir", None) or _directory_of_run(logger):
         files = get_filesystem(directory)  # which need not be the local one
         files.makedirs(directory, exist_ok=True)
-        _replace_text(files, f"{directory}/{name}", text)
+        with files.open(f"{directory}/{name}", "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def _is(logger: Logger, name: str) -> bool:
@@ -229,22 +197,3 @@ def _is(logger: Logger, name: str) -> bool:
 def _directory_of_run(logger: Any) -> str:
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return os.path.join(logger.save_dir, str(logger.name), version) if logger.save_dir else ""
-
-
-def _replace_text(files: Any, path: str, text: str) -> None:
-    """Write a file anew, whole or not at all: a full disk or a kill leaves the one that was there.
-
-    Args:
-        files: The file system, as `fsspec` has them.
-        path: The file.
-        text: What it is to hold.
-    """
-    part = f"{path}.part"
-    try:
-        with files.open(part, "w", encoding="utf-8") as file:
-            file.write(text)
-        files.mv(part, path)
-    except BaseException:
-        with suppress(Exception):
-            files.rm(part)
-        raise

@@ -51,7 +51,7 @@ class Monitor:
         self,
         trainer: Trainer,
         optimizers: ClippedOptimizers,
-        settings: Mapping[str, Any],
+        settings: dict[str, Any],
         has_scaler: bool,
         has_engine: bool,
     ) -> None:
