@@ -211,7 +211,8 @@ def clip_together_(
         skip.raise_if_nonfinite(norm, norms, parameters, scaler)
     is_finite = norm < math.inf
     is_outlier = find_outlier(parts, is_finite)
-    is_skipped = is_outlier if groups[0][0]._state.outliers_in_a_row < MOST_IN_A_ROW else False
+    counts = [clipper._state.outliers_in_a_row for (clipper, _), part in zip(groups, parts, strict=True) if part]
+    is_skipped = is_outlier if max(counts, default=0) < MOST_IN_A_ROW else False
     records = [
         None if part is None else (part.clip_ if is_read else part.clip_unread_)(is_finite, is_skipped)
         for part in parts

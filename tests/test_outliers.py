@@ -166,6 +166,20 @@ def test_an_outlier_in_one_group_skips_all_groups(form, each_has_its_turn):
     assert skipped == list(range(30, 30 + (MOST_IN_A_ROW if each_has_its_turn else 3)))
 
 
+def test_outliers_in_a_row_are_counted_without_a_group_that_never_steps(form):
+    frozen, trained = parameters = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    frozen.requires_grad_(False)
+    optimizer = SGD(parameters, lr=0.1, fused=True)
+    clippers, skipped = [clipper_of(5, window=100) for _ in parameters], 0
+    for step in range(60):
+        trained.grad = torch.full((2,), 1.0 if step < 30 else 100.0)
+        records = clip_together_([(clipper, [i]) for i, clipper in enumerate(clippers)], optimizer)
+        optimizer.step()
+        skipped += bool(records[1].is_skipped)
+    assert records[0] is None
+    assert skipped == MOST_IN_A_ROW
+
+
 class Passing(Optimizer):
     """Wraps an optimizer, steps with it, and passes on whatever else it is asked for."""
 

@@ -45,10 +45,9 @@ _OTHERS = (sys.modules["pytorch_lightning"].Callback,) if "pytorch_lightning" in
 class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
     """Clips gradients at a threshold that a policy sets from the norms of past steps.
 
-    Add it to the Trainer instead of ``gradient_clip_val``, once: a Trainer takes one clipping callback. Each optimizer
-    has a norm history and a threshold of its own, which are saved in every checkpoint and restored by
-    ``trainer.fit(ckpt_path=...)``. What happened is logged to every logger of the Trainer, one row per
-    ``log_every_n_steps``, under ``autoclip/`` (``autoclip/<optimizer>/`` if there are several).
+    Add it to the Trainer instead of ``gradient_clip_val``. Each optimizer has a norm history and a threshold of its
+    own, which are saved in every checkpoint and restored by ``trainer.fit(ckpt_path=...)``. Every logger gets one row
+    per ``log_every_n_steps``, under ``autoclip/`` (``autoclip/<optimizer>/`` if there are several).
 
     Args:
         policy: Turns the norm history into a threshold: `Percentile`, `ZScore`, `Constant`, or a `Policy` of your own.
@@ -59,15 +58,15 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         max_update_ratio: No step of SGD moves a weight matrix by more than this part of its norm: see `Clipping`.
         skip_above: A step whose norm is so many times the median, at least 1, is skipped as an outlier: `Clipping`.
         nonfinite: What happens at non-finite gradients: ``"skip"``, ``"raise"`` or ``"ignore"``: see `Clipping`.
-        groups: Groups of parameters that each have a history, a threshold, keys and a section of the report of their
-            own: ``"param_groups"`` for those of the optimizer, or patterns of parameter names by the group's name, such
-            as ``{"encoder": "encoder.*", "heads": ["policy.*", "value.*"]}``; ``rest`` is what none of them matches.
+        groups: Groups of parameters with a history, a threshold and log keys each: ``"param_groups"`` for those of the
+            optimizer, or patterns of parameter names by the group's name, such as
+            ``{"encoder": "encoder.*", "heads": ["policy.*", "value.*"]}``; ``rest`` is what none of them matches.
         log_every_step: Also log the exact series ``autoclip/step/grad_norm`` and ``autoclip/step/threshold``.
         log_layers: Also log each module's mean share of the squared norm, from 0 to 1, under ``autoclip_layers/``, and
             its mean norm, under ``autoclip_layers_norm/``: of modules two names deep, or as many as the number says.
         log_histogram: Also log a histogram of the norms per row, to Weights & Biases.
-        alert_above: Send a W&B alert when a norm is so many times the usual one, at least 1, as the diagnosis "spikes"
-            measures it, and without a loss scaler another one at a non-finite step; at most every 10 minutes each.
+        alert_above: Send a W&B alert when a norm is so many times the usual one, at least 1, and without a loss scaler
+            another one at a non-finite step; at most every 10 minutes each.
         verbose: Print a short report at the end of fit.
 
     Raises:
@@ -156,7 +155,6 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
             return
         check_trainer(trainer, pl_module, type(self).__name__, GradientClipping, self._clipping)
         self._trainer = trainer
-        self._optimizers.release()  # of a fit that ended with an exception
         if trainer.global_step == 0:  # fitting on with the same Trainer is no new run
             self._reset(keeps_histories=not self._trained)  # which were loaded by hand
 
@@ -246,6 +244,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         """Log what is left, and print the report, before the run ends."""
         if trainer is self._trainer:
             self._monitor.interrupt(trainer, self._optimizers, self.report)
+            self._optimizers.release()  # there will be no `teardown`
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Have an engine forget the threshold, which it would save."""
