@@ -170,11 +170,13 @@ class ClippedOptimizer:
         Args:
             has_ended: Whether to report an optimizer that has made no step at all.
         """
-        name, steps = type(self.optimizer).__name__, self.announced + self.unannounced
+        name = self.prefix.strip("/").removeprefix("autoclip").strip("/") or type(self.optimizer).__name__
+        steps = self.announced + self.unannounced
         if self.unannounced:
+            others = "the others were" if self.announced else "none was"
             return (
-                f"saw {self.announced or 'none'} of the {steps} steps of `{name}` so far: the others were not clipped."
-                " In manual optimization, step what `self.optimizers()` returns: `optimizer.step()`, not"
+                f"saw {self.announced or 'none'} of the {steps} steps of `{name}` so far: {others} not clipped. In"
+                " manual optimization, step what `self.optimizers()` returns: `optimizer.step()`, not"
                 " `optimizer.optimizer.step()`."
             )
         if self.wrapper is not None and 0 < self.measured <= 2 * self.wrapper.replaced:

@@ -175,7 +175,7 @@ def _of_skipped(log: StepLog, figures: Figures) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "many steps skipped",
             f"{figures.skipped} of {figures.steps} steps were skipped as outliers, with norms above"
-            f" `skip_above`{first}.",
+            f" `skip_above` times the median{first}.",
             "The model does not learn from skipped steps: look at these batches (`spikes()` lists the largest), lower"
             " the learning rate, or raise `skip_above`.",
         )

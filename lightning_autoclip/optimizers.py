@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import LBFGS
 
@@ -51,7 +51,8 @@ def parameters_of(target: Any) -> list[Tensor]:
     if hasattr(target, "param_groups"):
         given = list(chain.from_iterable(group["params"] for group in target.param_groups))
         return given if len(set(map(id, given))) == len(given) else _each_once(given)
-    parameters = _each_once(target if isinstance(target, Iterable) and not isinstance(target, Tensor) else [target])
+    is_one = isinstance(target, (Tensor, nn.Module)) or not isinstance(target, Iterable)  # some modules can be iterated
+    parameters = _each_once([target] if is_one else target)
     for parameter in parameters:
         if not isinstance(parameter, Tensor):
             raise TypeError(

@@ -18,9 +18,9 @@ _NOTHING = "no problems found in the gradient norms"
 _WIDTH = 100  # of a printed line
 _MOST_NAMED = 3  # optimizers or groups with a diagnosis
 _NO_STEP = (
-    "No step was seen in this process. Either `fit` has not run yet, or it ran in others: strategies that start some"
-    " (ddp_spawn, ddp_fork, ddp_notebook) print their report there, and their norm history is in the checkpoints that"
-    " they write."
+    "No step was clipped in this process. `fit` has not run yet, or its steps were made past the callback, of which a"
+    " warning tells, or it ran in other processes: strategies that start some (ddp_spawn, ddp_fork, ddp_notebook) print"
+    " their report there, and their norm history is in the checkpoints that they write."
 )
 
 

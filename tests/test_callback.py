@@ -18,6 +18,7 @@ from lightning.fabric.strategies import XLAFSDPStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision, Precision, XLAPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -72,8 +73,10 @@ def test_autoclip_is_gradient_clipping_with_a_percentile_and_defaults_that_follo
     assert AutoClip().policy == Percentile(50, 1.0)
     assert AutoClip(gradient_clip_algorithm="value").policy == Percentile(50, 3.0)
     assert AutoClip(multiplier=2, gradient_clip_algorithm="value").policy == Percentile(50, 2.0)
-    arguments = ({"percentile": 90}, {"percentile": 100}, {"max_update_ratio": None})
-    assert [AutoClip(**each).settings["max_update_ratio"] for each in arguments] == [0.25, None, None]
+    only_observes, has_none = {"percentile": 100}, {"max_update_ratio": None}
+    clips = [{"multiplier": 0.5}, {"gradient_clip_algorithm": "value"}]
+    arguments = ({"percentile": 90}, only_observes, has_none, *(only_observes | each for each in clips))
+    assert [AutoClip(**each).settings["max_update_ratio"] for each in arguments] == [0.25, None, None, 0.25, 0.25]
     assert AutoClip(100, max_update_ratio=0.1).settings["max_update_ratio"] == 0.1
     with pytest.raises(TypeError, match="Expected `max_update_ratio` to be a number above 0"):
         AutoClip(max_update_ratio="none")
@@ -350,7 +353,9 @@ def test_steps_of_the_raw_optimizer_are_warned_of():
             first.step()
             second.optimizer.step()
 
-    with pytest.warns(UserWarning, match=r"saw none of the 16 steps of `SGD`.*not `optimizer\.optimizer\.step\(\)`"):
+    with pytest.warns(
+        UserWarning, match=r"saw none of the 16 steps of `SGD-1` so far: none was.*not `optimizer\.optimizer\.step\(\)`"
+    ):
         trainer(AutoClip()).fit(Raw(), loader())
 
 
@@ -401,12 +406,14 @@ def test_a_bad_batch_is_skipped_as_if_it_had_not_been_there(bad, at):
     assert [callback.clippers[0].nonfinite_steps for callback in callbacks] == [1, 0]
 
 
-def test_raise_names_step_batch_and_parameters():
+def test_raise_names_step_batch_and_parameters(tmp_path):
     clipping = AutoClip(nonfinite="raise")
     where = r"At optimizer step 19 \(epoch 1, batch 3\): .* is nan: .* of 1 of 4 parameters\. They are: net\.2\.bias\."
     with pytest.raises(NonFiniteGradientError, match=where):
-        trainer(clipping, max_epochs=2).fit(NaNInLastBias(1, 3), loader())
+        trainer(clipping, max_epochs=2, logger=CSVLogger(tmp_path)).fit(NaNInLastBias(1, 3), loader())
     assert clipping.clippers[0].steps == 19  # the step that raises is not made
+    (health,) = tmp_path.rglob("autoclip_health.txt")
+    assert health.read_text() == "stopped at non-finite gradients\n"
     assert all(row["skipped"] == "" for row in clipping.spikes())
 
 

@@ -575,7 +575,11 @@ def test_one_parameter_is_clipped_like_a_list_of_one_and_counts_once():
         assert norm_of([parameter]) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("target", [nn.Linear(1, 1), {"weight": 1}, 3], ids=["module", "mapping", "number"])
+@pytest.mark.parametrize(
+    "target",
+    [nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)), {"weight": 1}, 3],
+    ids=["module", "container", "mapping", "number"],
+)
 def test_what_is_no_parameter_raises(target):
     with pytest.raises(TypeError, match=r"Expected `target` to be an optimizer or parameters.*`model\.parameters\(\)`"):
         GradientClipper(Constant(1.0)).clip_(target)

@@ -171,7 +171,7 @@ def test_runs_without_loggers_or_steps_end_quietly(options, capsys):
     run.fit(Net(), loader())
     callback.report(), callback.spikes()
     if options == {"max_steps": 0}:
-        assert str(callback.report()).startswith("No step was seen in this process.")
+        assert str(callback.report()).startswith("No step was clipped in this process.")
         with pytest.raises(ValueError, match="at least one optimizer step to plot"):
             callback.plot()
 

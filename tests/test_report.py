@@ -503,7 +503,7 @@ def test_the_report_before_any_step_says_so():
     report = AutoClip().report()
     assert (report.diagnoses, report.summary) == ((), "too few steps to tell")
     assert str(report) == report.to_markdown()
-    assert str(report).startswith("No step was seen in this process.")
+    assert str(report).startswith("No step was clipped in this process.")
     assert report.to_dict() == {"sections": []}
 
 

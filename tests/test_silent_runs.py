@@ -312,7 +312,7 @@ def test_an_optimizer_that_begins_late_is_not_warned_of_unless_it_never_steps():
         last = 99
 
     assert warnings_of(Alternating()) == []
-    assert [message.partition(" so far")[0] for message in warnings_of(Never())] == ["`AutoClip` saw no step of `SGD`"]
+    assert [message.partition(" so far")[0] for message in warnings_of(Never())] == ["`AutoClip` saw no step of `SGD-1`"]
 
 
 class ByHand(Stepping):

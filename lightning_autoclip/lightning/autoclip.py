@@ -23,7 +23,7 @@ class AutoClip(GradientClipping):
             the percentile is one of the gradient RMS.
         gradient_clip_algorithm: ``"norm"`` or ``"value"``, as the Trainer's own argument.
         max_update_ratio: No step of SGD moves a weight matrix by more than this part of its norm, above 0; see
-            `Clipping`. ``"auto"``: 0.25, or none with ``percentile=100``, which only observes. ``None``: no such limit.
+            `Clipping`. ``"auto"``: 0.25, or none where a percentile of 100 only observes. ``None``: no such limit.
             Adam-type optimizers have none either.
         **settings: The other arguments of `GradientClipping`.
 
@@ -53,7 +53,8 @@ class AutoClip(GradientClipping):
         by_value = isinstance(gradient_clip_algorithm, str) and gradient_clip_algorithm == "value"
         policy = Percentile(percentile, (3.0 if by_value else 1.0) if multiplier is None else multiplier)
         if isinstance(max_update_ratio, str) and max_update_ratio == "auto":
-            max_update_ratio = None if policy.percentile == 100 else MAX_UPDATE_RATIO
+            observes = policy.percentile == 100 and policy.multiplier >= 1 and not by_value
+            max_update_ratio = None if observes else MAX_UPDATE_RATIO
         super().__init__(
             policy, gradient_clip_algorithm=gradient_clip_algorithm, max_update_ratio=max_update_ratio, **settings
         )

@@ -243,7 +243,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Log what is left, and print the report, before the run ends."""
         if trainer is self._trainer:
-            self._monitor.interrupt(trainer, self._optimizers, self.report)
+            self._monitor.interrupt(trainer, self._optimizers, self.report, exception)
             self._optimizers.release()  # there will be no `teardown`
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from lightning_autoclip.lightning import loggers
 from lightning_autoclip.lightning.clipped_optimizers import ClippedOptimizers
 from lightning_autoclip.lightning.trainer import is_last_step, log_every, step_of, trains_elsewhere
 from lightning_autoclip.report import Report
+from lightning_autoclip.skip import NonFiniteGradientError
 from lightning_autoclip.steplog import Row, StepLog
 from lightning_autoclip.table import LargeStep
 
@@ -125,24 +126,28 @@ class Monitor:
         if self._batches:
             self._warn_of_steps(optimizers, has_ended=True)
 
-    def interrupt(self, trainer: Trainer, optimizers: ClippedOptimizers, report: Callable[[], Report]) -> None:
+    def interrupt(
+        self, trainer: Trainer, optimizers: ClippedOptimizers, report: Callable[[], Report], exception: BaseException
+    ) -> None:
         """Likewise of a fit that ends with an exception, which is the one to be shown."""
         if not self._is_open:
             return
         optimizers.commit_if_counted(trainer.global_step)
         with suppress(UserWarning):  # where warnings are errors
             self._try(lambda: self._flush(trainer, optimizers, commits=False))
+        stopped = "stopped at non-finite gradients" if isinstance(exception, NonFiniteGradientError) else ""
         with suppress(UserWarning):
-            self._conclude(trainer, optimizers, report)
+            self._conclude(trainer, optimizers, report, stopped)
 
-    def _conclude(self, trainer: Trainer, optimizers: ClippedOptimizers, report: Callable[[], Report]) -> None:
+    def _conclude(
+        self, trainer: Trainer, optimizers: ClippedOptimizers, report: Callable[[], Report], stopped: str = ""
+    ) -> None:
         quick = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
         self._is_open = False
         try:
             if found := _loggers(trainer):
-                loggers.conclude(
-                    found, self.spikes(optimizers.logs), report().summary if optimizers.logs else None, step_of(trainer)
-                )
+                summary = stopped or (report().summary if optimizers.logs else None)
+                loggers.conclude(found, self.spikes(optimizers.logs), summary, step_of(trainer))
             if self._verbose and trainer.is_global_zero and not quick and (report().sections or self._batches):
                 print(f"\n{report()}")  # below the progress bar
         except Exception as error:  # nothing that is only reported may fail a run that is done
