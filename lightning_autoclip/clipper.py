@@ -140,8 +140,7 @@ class GradientClipper(CommittedSteps):
 
     def _weighs(self, trained: Sequence[bool]) -> bool:
         """Whether the weights are to be measured at the coming step."""
-        assert self._limit is not None
-        return self._limit.is_due(self._state.steps + 1, self._state.weights, tuple(trained))
+        return UpdateRatioLimit.is_due(self._state.steps + 1, self._state.weights, trained)
 
     def _part(
         self,
@@ -227,6 +226,8 @@ def clip_together_(
         wrapper.expect(parameters)
     unread = None if is_read else Unread(records, is_outlier, settings.by_value)
     steps = 0 if wrapper is None else wrapper.steps
+    if wrapper is not None and not steps and wrapper.goes_around(optimizer):
+        steps = -1  # it returns to nobody who would count it
     for group, ((clipper, _), record) in enumerate(zip(groups, records, strict=True)):
         if record is not None:
             clipper._leave(Pending(record, is_outlier, unread, group, wrapper, steps, scaler_state, place))
@@ -270,9 +271,8 @@ def _announced(
         if not clipper._serves(optimizer):
             check_optimizer(optimizer, parameters, shards)
             clipper._bind(optimizer)
-    is_new, wrapper = not StepWrapper.is_attached(optimizer), StepWrapper.of(optimizer)
+    wrapper = StepWrapper.of(optimizer)
     wrapper.announce(optimizer)
-    wrapper.is_new = is_new
     return wrapper
 
 
@@ -280,18 +280,25 @@ def _measured(
     groups: _Groups, parameters: Sequence[Tensor], gradients: Gradients, is_read: bool
 ) -> tuple[list[Part | None], Any, Any]:
     """Measure the gradients of all groups: a part per group, the norm of the whole, and that of each parameter."""
-    first = groups[0][0]
+    first, are_shared = groups[0][0], gradients.shards is not None
     stepping = None if first._stepping is None else first._stepping()
     rates, due = (None if stepping is None else Rates(stepping, parameters)), False
+    present = [
+        clipper if positions is None or _have_gradients(at(parameters, positions), are_shared) else None
+        for clipper, positions in groups
+    ]
     if rates is not None:
         trained = [is_trained(parameter) for parameter in parameters]
-        due = any([clipper._weighs(at(trained, positions)) for clipper, positions in groups])  # noqa: C419  # of all
+        due = any(
+            clipper is not None and clipper._weighs(at(trained, positions))
+            for clipper, (_, positions) in zip(present, groups, strict=True)
+        )
     measured = gradients.measure(is_read, numels=first.settings.by_value, weights=due)
     norm = norm_of(measured.norms)
-    parts: list[Part | None] = []
-    for clipper, positions in groups:
-        has_gradient = positions is None or _have_gradients(at(parameters, positions), gradients.shards is not None)
-        parts.append(clipper._part(positions, gradients, measured, norm, rates, is_read) if has_gradient else None)
+    parts = [
+        None if clipper is None else clipper._part(positions, gradients, measured, norm, rates, is_read)
+        for clipper, (_, positions) in zip(present, groups, strict=True)
+    ]
     return parts, norm, measured.norms
 
 

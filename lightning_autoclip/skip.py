@@ -17,7 +17,7 @@ from torch.amp.grad_scaler import GradScaler
 from lightning_autoclip.optimizers import wrapped_in
 from lightning_autoclip.settings import Clipping
 
-_ATTRIBUTE = "_autoclip_step_wrapper"
+_WRAPPER, _WRAPPED = "_autoclip_wrapper", "_autoclip_wrapped"  # attributes of an optimizer
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -47,63 +47,37 @@ class StepWrapper:
         unannounced: How many of them nobody announced by :meth:`announce`.
         replaced: At how many of them the gradients were not those that were announced.
         evaluations: How often the step that is being made has called its closure.
-        is_new: Whether it was attached for the coming step, which may be running already, and have called the closure
-            that clips.
     """
 
     def __init__(self) -> None:
         self.steps = self.unannounced = self.replaced = self.evaluations = 0
-        self.is_new = False
         self._is_announced = self._skips = self._is_running = self._is_replaced = False
         self._found_inf: Tensor | None = None
         self._gradients: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient, version
         self._versions: list[tuple[Tensor, int]] = []  # of parameters, at a step that is to be skipped
-        self._detach: list[Callable[[], None]] = []
-
-    @classmethod
-    def is_attached(cls, optimizer: Any) -> bool:
-        """Whether an optimizer has a wrapper."""
-        return _ATTRIBUTE in optimizer.__dict__
 
     @classmethod
     def of(cls, optimizer: Any) -> StepWrapper:
         """Return the wrapper of an optimizer, attached to it."""
-        wrapper: StepWrapper | None = optimizer.__dict__.get(_ATTRIBUTE)
+        wrapper: StepWrapper | None = optimizer.__dict__.get(_WRAPPER)
         if wrapper is None:
-            wrapper = optimizer.__dict__[_ATTRIBUTE] = cls()
-            outermost, *_, innermost = wrapped_in(optimizer) * 2
-            for each in {id(each): each for each in (outermost, innermost)}.values():
-                wrapper._attach(each)
+            wrapper = cls()
+            for each in _ends(optimizer):
+                _wrap(each, wrapper)
         return wrapper
 
     @classmethod
     def detach(cls, optimizer: Any) -> None:
         """Put the optimizer's own ``step`` back."""
-        wrapper = optimizer.__dict__.pop(_ATTRIBUTE, None)
-        for put_back in () if wrapper is None else wrapper._detach:
-            put_back()
+        for each in _ends(optimizer):
+            _unwrap(each)
 
-    def _attach(self, optimizer: Any) -> None:
-        own, original = optimizer.__dict__.get("step"), optimizer.step
-        is_attached = True
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of an optimizer has a wrapper of its own once `clip_` is called with it
 
-        @functools.wraps(original)
-        def step(optimizer: Any, /, *args: Any, **kwargs: Any) -> Any:
-            return self._step(original, optimizer, args, kwargs) if is_attached else original(*args, **kwargs)
-
-        optimizer.step = wrapped = MethodType(step, optimizer)  # schedulers look for `__func__`
-
-        def put_back() -> None:
-            nonlocal is_attached
-            is_attached = False
-            if optimizer.__dict__.get("step") is not wrapped:
-                return  # wrapped by something else since
-            if own is None:
-                del optimizer.step
-            else:
-                optimizer.step = own
-
-        self._detach.append(put_back)
+    def goes_around(self, optimizer: Any) -> bool:
+        """Whether a step is being made without the wrapper: one that was running when it was attached."""
+        return not self._is_running and _is_stepping(optimizer)
 
     def announce(self, optimizer: Any) -> None:
         """Start a new step: what was asked for a step that was never made no longer holds."""
@@ -192,6 +166,37 @@ class StepWrapper:
         if self._found_inf is not None and getattr(optimizer, "found_inf", None) is self._found_inf:
             del optimizer.found_inf
         self._found_inf = None
+
+
+def _ends(optimizer: Any) -> list[Any]:
+    """The optimizer and the innermost one that it wraps."""
+    outermost, *_, innermost = wrapped_in(optimizer) * 2
+    return [outermost] if innermost is outermost else [outermost, innermost]
+
+
+def _wrap(optimizer: Any, wrapper: StepWrapper) -> None:
+    own, original = optimizer.__dict__.get("step"), optimizer.step
+    function = original.__func__ if getattr(original, "__self__", None) is optimizer else None
+
+    @functools.wraps(original)
+    def step(optimizer: Any, /, *args: Any, **kwargs: Any) -> Any:
+        bound = original if function is None else MethodType(function, optimizer)  # which may be a copy
+        wrapper: StepWrapper | None = optimizer.__dict__.get(_WRAPPER)
+        return bound(*args, **kwargs) if wrapper is None else wrapper._step(bound, optimizer, args, kwargs)
+
+    optimizer.step = wrapped = MethodType(step, optimizer)  # schedulers look for `__func__`
+    optimizer.__dict__.update({_WRAPPER: wrapper, _WRAPPED: (wrapped, own)})
+
+
+def _unwrap(optimizer: Any) -> None:
+    optimizer.__dict__.pop(_WRAPPER, None)
+    wrapped, own = optimizer.__dict__.pop(_WRAPPED, (None, None))
+    if wrapped is None or optimizer.__dict__.get("step") is not wrapped:
+        return  # wrapped by something else since
+    if own is None:
+        del optimizer.step
+    else:
+        optimizer.step = own
 
 
 def steps_with_found_inf(optimizer: Any) -> bool:
@@ -284,7 +289,7 @@ def skip_if_bad(
         return
     if wrapper is not None:
         wrapper.skip(parameters)
-    if wrapper is None or (wrapper.is_new and _is_stepping(optimizer)):
+    if wrapper is None or wrapper.goes_around(optimizer):
         for parameter in parameters:
             parameter.grad = None
 

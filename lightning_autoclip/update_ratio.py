@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from inspect import unwrap
 from numbers import Real
-from operator import mul
+from operator import add, mul
 from typing import Any, NamedTuple
 
 import torch
@@ -84,12 +84,20 @@ def _rate(group: dict[str, Any]) -> float:
     return max(abs(float(group["lr"])), least) * gain
 
 
+def _inverse_of(norm: float) -> float:
+    return 1 / norm if norm else 0.0
+
+
+def _is_new(is_trained: bool, norm: float) -> bool:
+    return is_trained and norm == 0
+
+
 class WeightNorms(NamedTuple):
     """The norms of the parameters as they were measured last.
 
     Attributes:
         step: At which step; 0 before any.
-        norms: Of each parameter; infinite of those that the limit does not regard.
+        norms: Of each parameter; infinite of those that the limit does not regard, 0 of those that were not trained.
     """
 
     step: int = 0
@@ -111,21 +119,21 @@ class UpdateRatioLimit:
 
     def reset(self) -> None:
         """Have the weights measured anew."""
-        self._trained: tuple[bool, ...] | None = None
         self._inverse: tuple[int, list[float]] = (-1, [])  # of the weights that were measured at a step
         self._inverse_on_device: tuple[int, Tensor] = (-1, torch.empty(0))
 
-    def is_due(self, step: int, weights: WeightNorms, trained: tuple[bool, ...]) -> bool:
+    @staticmethod
+    def is_due(step: int, weights: WeightNorms, trained: Sequence[bool]) -> bool:
         """Whether the weights are to be measured at a step, counted from 1; from one to the next they change little.
 
         Args:
             step: The step.
             weights: As they were measured last.
-            trained: Which parameters of the optimizer are: others than before are measured at once.
+            trained: Which parameters of the optimizer are: one that was not when it was measured is measured at once.
         """
-        before, self._trained = self._trained, trained
-        is_new = len(weights.norms) != len(trained) or (before is not None and before != trained)
-        return step <= _EACH or step % _EACH == 0 or is_new
+        if step <= _EACH or step % _EACH == 0 or len(weights.norms) != len(trained):
+            return True
+        return 0.0 in weights.norms and any(map(_is_new, trained, weights.norms))
 
     def measured(self, step: int, norms: Any, shapes: Sequence[torch.Size | None], is_read: bool) -> WeightNorms:
         """Keep the norms of the matrices among the parameters.
@@ -138,13 +146,14 @@ class UpdateRatioLimit:
         """
         dims = [-1 if shape is None else len(shape) for shape in shapes]
         least = 1 if max(dims, default=0) > 1 else -1
+        others = tuple(0.0 if dim < 0 or dim > least else math.inf for dim in dims)
         if is_read:
-            norms = [norm if dim > least and norm > 0 else math.inf for norm, dim in zip(norms, dims, strict=True)]
-            self._inverse = step, [1 / norm for norm in norms]
+            norms = list(map(add, norms, others))
+            self._inverse = step, list(map(_inverse_of, norms))
         else:
-            others = on_device(tuple(0.0 if dim > least else math.inf for dim in dims), norms.dtype, norms.device)
-            norms = torch.where(norms > 0, norms + others, constant(math.inf, norms.device, norms.dtype))
-            self._inverse_on_device = step, norms.reciprocal()
+            is_trained, norms = norms > 0, norms + on_device(others, norms.dtype, norms.device)
+            inverse = torch.where(is_trained, norms.reciprocal(), constant(0.0, norms.device, norms.dtype))
+            self._inverse_on_device = step, inverse
         return WeightNorms(step, norms)
 
     def update_ratio(
@@ -159,7 +168,7 @@ class UpdateRatioLimit:
             positions: Where the parameters stand among all of the optimizer; ``None``: they are all.
         """
         if self._inverse[0] != weights.step:
-            self._inverse = weights.step, [1 / weight for weight in weights.norms]
+            self._inverse = weights.step, list(map(_inverse_of, weights.norms))
         if (rate := rates.common) is None:
             norms, rate = list(map(mul, norms, rates.of_parameters(positions))), 1.0
         update: float = max(map(mul, norms, self._inverse[1]))
@@ -171,9 +180,9 @@ class UpdateRatioLimit:
         """Do the same where the host does not know the norms: shape ``()``."""
         step, inverse = self._inverse_on_device
         if step != weights.step or inverse.device != norms.device:
-            known = torch.as_tensor(weights.norms, dtype=norms.dtype)
+            known = torch.tensor(list(map(_inverse_of, weights.norms)), dtype=norms.dtype)
             known = known.pin_memory() if norms.is_cuda else known
-            inverse = known.to(norms.device, non_blocking=True).reciprocal()
+            inverse = known.to(norms.device, non_blocking=True)
             self._inverse_on_device = weights.step, inverse
         if (rate := rates.common) is not None:
             return (norms * inverse).max() * rate

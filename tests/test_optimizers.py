@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
+import pickle
 import warnings
 from collections.abc import Callable, Iterable
 from functools import cache, partial
@@ -16,7 +19,7 @@ import pytest
 import schedulefree
 import torch
 from bitsandbytes.optim import AdamW8bit, Lion8bit
-from helpers import loader, norm_of, trainer, weights
+from helpers import loader, norm_of, trainer, weights, with_gradient
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import ASGD, SGD, Adam, AdamW, Muon, NAdam, Optimizer, RAdam, Rprop
@@ -356,3 +359,57 @@ def test_a_skipped_step_was_never_made(name: str, how: str) -> None:
 def test_the_first_step_can_be_skipped_within_its_closure() -> None:
     model, _ = by_hand("SGD", has_closure=True, bad=(0,))
     assert torch.equal(weights(model), weights(never_made("SGD", (0,), False, 1)[0]))
+
+
+def test_a_first_step_that_calls_the_clipper_from_its_closure_counts() -> None:
+    parameter, clipper, steps = with_gradient([3.0, 4.0]), GradientClipper(Percentile(50)), []
+    optimizer = SGD([parameter], lr=0.1)
+
+    def closure() -> None:
+        parameter.grad = torch.tensor([3.0, 4.0])
+        clipper.clip_(optimizer)
+
+    for _ in range(3):
+        optimizer.step(closure)
+        steps.append(clipper.state_dict()["steps"])
+    assert steps == [1, 2, 3]
+
+
+class OfDict(SGD):
+    """Has all of its attributes copied."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_of_an_optimizer_steps_and_skips_by_itself(copied) -> None:
+    optimizer = OfDict([with_gradient([3.0, 4.0])], lr=0.1)
+    clipper = GradientClipper(Percentile(50))
+    clipper.clip_(optimizer)
+    optimizer.step()
+    other = copied(optimizer)
+    (own,), (theirs,) = (each.param_groups[0]["params"] for each in (optimizer, other))
+    before = own.detach().clone()
+    theirs.grad = torch.ones(2)
+    other.step()
+    assert torch.equal(own, before)
+    assert torch.allclose(theirs, before - 0.1)
+    theirs.grad = torch.full((2,), math.nan)
+    GradientClipper(Percentile(50)).clip_(other)
+    other.step()
+    assert theirs.isfinite().all()
+    optimizer.step()
+    assert clipper.steps == 1
+    assert not torch.equal(own, before)
+
+
+def test_a_clipper_keeps_no_optimizer_alive() -> None:
+    clipper = GradientClipper(Percentile(50))
+    for _ in range(2):
+        optimizer = SGD([with_gradient([3.0, 4.0])], lr=0.1)
+        clipper.clip_(optimizer)
+        optimizer.step()
+        del optimizer
+        gc.collect()
+    assert clipper.steps == 2

@@ -79,6 +79,28 @@ def test_an_optimizer_that_takes_anothers_place_in_mid_fit_continues_its_history
     assert max(after.norms) < max(before.norms)
 
 
+@pytest.mark.parametrize("bad", [math.nan, 1000.0], ids=["non-finite", "outlier"])
+@pytest.mark.parametrize("model", [Net, Stepping])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_first_step_of_an_optimizer_that_takes_anothers_place_can_be_skipped(model, bad, fused):
+    class Exchanging(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 25:
+                trainer.strategy.optimizers = [SGD(pl_module.parameters(), lr=0.1, momentum=0.9, fused=fused)]
+                self.before = weights(pl_module)
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 25:
+                assert torch.equal(weights(pl_module), self.before)
+
+    scales, autoclip = [1.0] * 50 + [bad] * 2 + [1.0] * 12, AutoClip(90, skip_above=20.0)
+    net = model(sgd)
+    trainer(Exchanging(), autoclip).fit(net, loader(2, scales=scales))
+    assert autoclip.clippers[0].steps == 32
+    assert [row["step"] for row in autoclip.spikes() if row["skipped"]] == [25]
+    assert weights(net).isfinite().all()
+
+
 def test_an_optimizer_that_joins_in_mid_fit_gets_a_history_of_its_own():
     class Growing(Stepping):
         def step(self, optimizer, batch_idx):
@@ -312,7 +334,9 @@ def test_an_optimizer_that_begins_late_is_not_warned_of_unless_it_never_steps():
         last = 99
 
     assert warnings_of(Alternating()) == []
-    assert [message.partition(" so far")[0] for message in warnings_of(Never())] == ["`AutoClip` saw no step of `SGD-1`"]
+    assert [message.partition(" so far")[0] for message in warnings_of(Never())] == [
+        "`AutoClip` saw no step of `SGD-1`"
+    ]
 
 
 class ByHand(Stepping):

@@ -20,6 +20,7 @@ from torch.optim import SGD, Adagrad, AdamW, RMSprop
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_autoclip import AutoClip, Constant, GradientClipper, GradientClipping, Percentile, gradients
+from lightning_autoclip.clipper import clip_together_
 from lightning_autoclip.gradients import LEAST_RMS
 
 RATIO = 0.05
@@ -271,17 +272,35 @@ def test_parameters_that_join_later_are_measured_at_once(form):
     assert limit_of(clipper.clip_(optimizer)) == pytest.approx(RATIO * math.sqrt(2))
 
 
-def test_layers_that_are_unfrozen_late_count_at_once(form):
-    body, head = parameter([[0.3, 0.4]], [[0.0, 0.0]]), parameter([[3.0, 4.0]], [[0.03, 0.04]])
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_layers_that_are_unfrozen_late_count_at_once(form, is_resumed):
+    body, head = nn.Parameter(torch.tensor([[0.3, 0.4]])), parameter([[3.0, 4.0]], [[0.03, 0.04]])
     body.requires_grad_(False)
     optimizer, clipper = SGD([body, head], lr=1.0), limited_clipper()
     for step in range(24):
         head.grad = torch.tensor([[0.03, 0.04]])
+        if step == 20 and is_resumed:
+            state, clipper = clipper.state_dict(), limited_clipper()
+            clipper.load_state_dict(state)
         if step >= 20:
             body.requires_grad_(True)
             assert moves(optimizer, clipper, body, [[-3.0, -4.0]]) == [pytest.approx(1.0, rel=0.2)]
         else:
             clipper.clip_(optimizer)
+
+
+def test_a_layer_that_is_unfrozen_where_its_group_has_no_gradient_counts_at_its_first_one(form):
+    body, neck, head = (parameter([[0.3, 0.4]], [[0.03, 0.04]]) for _ in range(3))
+    body.requires_grad_(False)
+    optimizer, clippers = SGD([body, neck, head], lr=1.0), [limited_clipper(), limited_clipper()]
+    for step in range(24):
+        body.requires_grad_(step >= 20)
+        body.grad = torch.tensor([[-3.0, -4.0]]) if step > 20 else None
+        neck.grad = None if step == 20 else torch.tensor([[0.003, 0.004]])
+        head.grad, before = torch.tensor([[0.003, 0.004]]), body.detach().clone()
+        clip_together_([(clippers[0], [0, 1]), (clippers[1], [2])], optimizer)
+        optimizer.step()
+        assert norm([body.detach() - before]) <= 1.2 * RATIO * norm([before])
 
 
 def test_a_clipper_that_is_released_forgets_the_weights_and_one_that_is_restored_keeps_them(form):
