@@ -168,7 +168,7 @@ def step_of(record: StepRecord, step: int, epoch: int, max_update_ratio: float |
     row: dict[str, float] = {"threshold": threshold if threshold < math.inf else math.nan}
     if not record.is_finite:
         return Step(step, step, epoch, nonfinite=1.0, **row)
-    row |= {"norm": norm, "statistic": statistic, "norm_sum": norm, "norm_max": norm, "norm_max_step": step}
+    row |= {"norm": norm, "statistic": statistic, "norm_sum": norm, "norm_max": norm, "norm_max_step": float(step)}
     if statistic > 0:
         row |= {"statistic_min": statistic, "statistic_max": statistic, "log_sum": math.log(statistic), "at_max": 1.0}
     else:
