@@ -181,8 +181,8 @@ def _wrap(optimizer: Any, wrapper: StepWrapper) -> None:
     @functools.wraps(original)
     def step(optimizer: Any, /, *args: Any, **kwargs: Any) -> Any:
         bound = original if function is None else MethodType(function, optimizer)  # which may be a copy
-        wrapper: StepWrapper | None = optimizer.__dict__.get(_WRAPPER)
-        return bound(*args, **kwargs) if wrapper is None else wrapper._step(bound, optimizer, args, kwargs)
+        found: StepWrapper | None = optimizer.__dict__.get(_WRAPPER)
+        return bound(*args, **kwargs) if found is None else found._step(bound, optimizer, args, kwargs)
 
     optimizer.step = wrapped = MethodType(step, optimizer)  # schedulers look for `__func__`
     optimizer.__dict__.update({_WRAPPER: wrapper, _WRAPPED: (wrapped, own)})

@@ -244,7 +244,7 @@ def assert_nothing_is_lost(path: str, other: Failing, call: str) -> None:
 
 def a_single_logger_that_fails(folder: Path, random: Random) -> str:
     """A row that no logger has taken waits in the checkpoint, and the resumed run logs it."""
-    at = random.randint(1, 12)
+    at = random.choice([1, 2, 3, 4, 6, 7, 8, 9, 11, 12])  # the fifth and the tenth call are Lightning's own
     last, logger, whole = OnExceptionCheckpoint(folder), Failing("log_metrics", at), Failing("none")
     _, _, error = fit(logger, folder / "a", last, every=1000)
     assert str(error) == "log_metrics failed", error
