@@ -26,7 +26,7 @@ from lightning_autoclip.optimizers import (
     wrapped_in,
 )
 from lightning_autoclip.policies import Policy
-from lightning_autoclip.shards import Shard, are_shared, is_trained
+from lightning_autoclip.shards import Shard, are_shared
 from lightning_autoclip.skip import StepWrapper
 from lightning_autoclip.step import MOST_IN_A_ROW, Part, StepRecord, Unread, find_outlier
 from lightning_autoclip.table import NOWHERE, Place
@@ -131,6 +131,8 @@ class GradientClipper(CommittedSteps):
                 " norms would mix with the first one's. Use one `GradientClipper` per optimizer, or call `release()`"
                 " if this optimizer takes the other's place."
             )
+        if served is not None:  # of the two, one wraps the other
+            StepWrapper.detach(served)
         self._optimizer = weakref.ref(optimizer)
         if self._was_released and self._limit is not None:  # the weights of the next optimizer are others
             self._state, self._was_released = self._state._replace(weights=WeightNorms()), False
@@ -138,9 +140,11 @@ class GradientClipper(CommittedSteps):
         is_limited = self._limit is not None and is_sgd_like(optimizer)
         self._stepping = weakref.ref(wrapped_in(optimizer)[-1]) if is_limited else None
 
-    def _weighs(self, trained: Sequence[bool]) -> bool:
+    def _weighs(self, gradients: Gradients, positions: Sequence[int] | None) -> bool:
         """Whether the weights are to be measured at the coming step."""
-        return UpdateRatioLimit.is_due(self._state.steps + 1, self._state.weights, trained)
+        count = len(gradients.tensors if positions is None else positions)
+        weights, shapes = self._state.weights, lambda: at(gradients.shapes, positions)
+        return UpdateRatioLimit.is_due(self._state.steps + 1, weights, count, shapes)
 
     def _part(
         self,
@@ -226,7 +230,7 @@ def clip_together_(
         wrapper.expect(parameters)
     unread = None if is_read else Unread(records, is_outlier, settings.by_value)
     steps = 0 if wrapper is None else wrapper.steps
-    if wrapper is not None and not steps and wrapper.goes_around(optimizer):
+    if wrapper is not None and not steps and wrapper.is_too_late(optimizer):
         steps = -1  # it returns to nobody who would count it
     for group, ((clipper, _), record) in enumerate(zip(groups, records, strict=True)):
         if record is not None:
@@ -288,9 +292,8 @@ def _measured(
         for clipper, positions in groups
     ]
     if rates is not None:
-        trained = [is_trained(parameter) for parameter in parameters]
         due = any(
-            clipper is not None and clipper._weighs(at(trained, positions))
+            clipper is not None and clipper._weighs(gradients, positions)
             for clipper, (_, positions) in zip(present, groups, strict=True)
         )
     measured = gradients.measure(is_read, numels=first.settings.by_value, weights=due)

@@ -51,7 +51,7 @@ class StepWrapper:
 
     def __init__(self) -> None:
         self.steps = self.unannounced = self.replaced = self.evaluations = 0
-        self._is_announced = self._skips = self._is_running = self._is_replaced = False
+        self._is_announced = self._skips = self._is_running = self._is_evaluating = self._is_replaced = False
         self._found_inf: Tensor | None = None
         self._gradients: list[tuple[Tensor, Tensor, int]] = []  # parameter, gradient, version
         self._versions: list[tuple[Tensor, int]] = []  # of parameters, at a step that is to be skipped
@@ -75,9 +75,9 @@ class StepWrapper:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of an optimizer has a wrapper of its own once `clip_` is called with it
 
-    def goes_around(self, optimizer: Any) -> bool:
-        """Whether a step is being made without the wrapper: one that was running when it was attached."""
-        return not self._is_running and _is_stepping(optimizer)
+    def is_too_late(self, optimizer: Any) -> bool:
+        """Whether a step is being made that will not ask any more whether to skip it, or that began without us."""
+        return not self._is_evaluating and (self._is_running or _is_stepping(optimizer))
 
     def announce(self, optimizer: Any) -> None:
         """Start a new step: what was asked for a step that was never made no longer holds."""
@@ -142,8 +142,11 @@ class StepWrapper:
         """The closure, which ends the step if the step is to be skipped."""
 
         def ending() -> Any:
-            self.evaluations += 1
-            loss = closure()
+            self.evaluations, self._is_evaluating = self.evaluations + 1, True
+            try:
+                loss = closure()
+            finally:
+                self._is_evaluating = False
             if self._skips:
                 raise _SkipStep(loss)
             self._compare()
@@ -287,19 +290,21 @@ def skip_if_bad(
         is_bad = allocates_momentum(optimizer)
     if not (is_bad or is_outlier):
         return
-    if wrapper is not None:
+    if wrapper is not None and not wrapper.is_too_late(optimizer):
         wrapper.skip(parameters)
-    if wrapper is None or wrapper.goes_around(optimizer):
-        for parameter in parameters:
-            parameter.grad = None
+        return
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _is_stepping(optimizer: Any) -> bool:
-    """Whether the optimizer's ``step`` is among the callers."""
-    frame = sys._getframe(1)
-    while frame is not None and (frame.f_code.co_name != "step" or frame.f_locals.get("self") is not optimizer):
-        frame = frame.f_back  # type: ignore[assignment]
-    return frame is not None
+    """Whether the optimizer's ``step`` is among the callers, or torch's wrapper around it, which calls its hooks."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in ("step", "wrapper") and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def skip_if_bad_unread(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from inspect import unwrap
 from numbers import Real
 from operator import add, mul
@@ -88,8 +88,8 @@ def _inverse_of(norm: float) -> float:
     return 1 / norm if norm else 0.0
 
 
-def _is_new(is_trained: bool, norm: float) -> bool:
-    return is_trained and norm == 0
+def _is_new(shape: torch.Size | None, norm: float) -> bool:
+    return shape is not None and norm == 0
 
 
 class WeightNorms(NamedTuple):
@@ -123,17 +123,18 @@ class UpdateRatioLimit:
         self._inverse_on_device: tuple[int, Tensor] = (-1, torch.empty(0))
 
     @staticmethod
-    def is_due(step: int, weights: WeightNorms, trained: Sequence[bool]) -> bool:
+    def is_due(step: int, weights: WeightNorms, count: int, shapes: Callable[[], Sequence[torch.Size | None]]) -> bool:
         """Whether the weights are to be measured at a step, counted from 1; from one to the next they change little.
 
         Args:
             step: The step.
             weights: As they were measured last.
-            trained: Which parameters of the optimizer are: one that was not when it was measured is measured at once.
+            count: Of the parameters.
+            shapes: Returns their shapes, ``None`` of what is not trained: what is trained since is measured at once.
         """
-        if step <= _EACH or step % _EACH == 0 or len(weights.norms) != len(trained):
+        if step <= _EACH or step % _EACH == 0 or len(weights.norms) != count:
             return True
-        return 0.0 in weights.norms and any(map(_is_new, trained, weights.norms))
+        return 0.0 in weights.norms and any(map(_is_new, shapes(), weights.norms))
 
     def measured(self, step: int, norms: Any, shapes: Sequence[torch.Size | None], is_read: bool) -> WeightNorms:
         """Keep the norms of the matrices among the parameters.

@@ -413,3 +413,53 @@ def test_a_clipper_keeps_no_optimizer_alive() -> None:
         del optimizer
         gc.collect()
     assert clipper.steps == 2
+
+
+class Clipping(SGD):
+    """Clips in its own step."""
+
+    def step(self, closure: None = None) -> None:
+        self.clipper.clip_(self)
+        super().step(closure)
+
+
+class ClippingAround(Optimizer):
+    """Clips in its own step, and wraps the optimizer that makes it."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:
+        self.inner = SGD(parameters, lr=lr)
+        self.param_groups, self.state, self.defaults = self.inner.param_groups, self.inner.state, {}
+
+    def step(self, closure: None = None) -> None:
+        self.clipper.clip_(self)
+        self.inner.step(closure)
+
+
+@pytest.mark.parametrize("kind", [Clipping, ClippingAround, SGD])
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_clipper_that_is_called_within_the_step_skips_and_counts_it(kind: type[Optimizer], bad: int) -> None:
+    parameter, clipper, moved = with_gradient([3.0, 4.0]), GradientClipper(Percentile(100)), []
+    optimizer = kind([parameter], lr=0.1)
+    optimizer.clipper = clipper
+    if kind is SGD:
+        optimizer.register_step_pre_hook(lambda optimizer, args, kwargs: clipper.clip_(optimizer) and None)
+    for step in range(4):
+        parameter.grad, before = torch.full((2,), math.nan if step == bad else 1.0), parameter.detach().clone()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            optimizer.step()
+        moved.append(not torch.equal(parameter, before))
+        assert clipper.steps == step + 1
+    assert moved == [step != bad for step in range(4)]
+    assert clipper.nonfinite_steps == 1
+
+
+def test_release_puts_back_the_steps_of_a_wrapper_and_of_what_it_wraps() -> None:
+    parameter, clipper = with_gradient([3.0, 4.0]), GradientClipper(Percentile(100))
+    outer = ClippingAround([parameter], lr=0.1)
+    outer.clipper = GradientClipper(Percentile(100))
+    for each in (outer, outer.inner):
+        clipper.clip_(each)
+        each.step()
+    clipper.release()
+    assert not {"step"} & {*vars(outer), *vars(outer.inner)}

@@ -254,8 +254,8 @@ def test_a_model_that_starts_at_zero_moves():
 
 
 def test_the_weights_are_measured_at_the_first_steps_and_then_at_one_of_sixteen(form):
-    weight = parameter(*ONE)
-    optimizer, clipper, found = SGD([weight], lr=1.0), limited_clipper(), []
+    weight, empty, lazy = parameter(*ONE), nn.Parameter(torch.zeros(0, 2)), nn.LazyLinear(2).weight
+    optimizer, clipper, found = SGD([weight, empty, lazy], lr=1.0), limited_clipper(), []
     for step in range(1, 81):
         weight.data = torch.tensor([3.0, 4.0]) * step
         weight.grad = torch.tensor([30.0, 40.0])
