@@ -9,9 +9,6 @@ from typing import Any
 
 from lightning_autoclip._text import shown
 
-DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError)
-"""What taking apart a state may raise of which an entry has become anything else."""
-
 
 def check_number(name: str, value: Any, rule: str, low: float, high: float = math.inf, open_low: bool = False) -> float:
     """Return ``value`` as a float, or raise if it is not a real number in the range.
@@ -45,11 +42,6 @@ def check_positive(name: str, value: Any) -> float:
     if not 1e-37 < number < 3e38:
         raise ValueError(f"Expected `{name}` to lie in the range of float32, but got {shown(value)}.")
     return number
-
-
-def is_infinite(value: Any) -> bool:
-    """Whether it is the number that stands for "not asked for"; an array, which cannot be compared, is not."""
-    return isinstance(value, float) and value == math.inf
 
 
 def check_integer(name: str, value: Any, rule: str, low: int) -> int:

@@ -16,7 +16,7 @@ from lightning_autoclip.history import History
 from lightning_autoclip.plot import plot_of
 from lightning_autoclip.policies import Constant
 from lightning_autoclip.report import Report, report_of
-from lightning_autoclip.settings import Clipping
+from lightning_autoclip.settings import Clipping, settings_of_run
 from lightning_autoclip.steplog import StepLog
 
 if TYPE_CHECKING:
@@ -24,14 +24,21 @@ if TYPE_CHECKING:
 
 
 STATE_KEY = "AutoClip"  # of the callback in a checkpoint
-CALLBACK_STATE: dict[str, Any] = {
-    "version": 1,
+VERSION = 1  # of the state
+_STATE: dict[str, Any] = {
+    "version": VERSION,
     "settings": dict,
     "several_policies": bool,
     "has_scaler": bool,
     "groups": dict,
 }
-SETTINGS = {**dict.fromkeys(Clipping(Constant(1.0)).to_dict(), object), "groups": object}
+_SETTINGS = {**dict.fromkeys(Clipping(Constant(1.0)).to_dict(), object), "groups": object}
+
+
+def check_callback_state(state: Any) -> None:
+    """Raise a `ValueError` if a state is not one that the callback has saved."""
+    check_state(STATE_KEY, state, _STATE)
+    check_state(f"{STATE_KEY}.settings", state["settings"], _SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -77,11 +84,8 @@ def read_run(path: Path) -> RecordedRun:
         raise ValueError(f"Expected a checkpoint that can be read, but got {path}: {error}.") from error
     state = _our_state(_load(path), path)
     try:
-        check_state(STATE_KEY, state, CALLBACK_STATE)
-        check_state(f"{STATE_KEY}.settings", state["settings"], SETTINGS)
-        settings, logs, norms = dict(state["settings"]), {}, {}
-        if state["several_policies"]:
-            settings["policy"] = {"class": "several", "arguments": {}}
+        check_callback_state(state)
+        settings, logs, norms = settings_of_run(state["settings"], state["several_policies"]), {}, {}
         for prefix, group in state["groups"].items():
             clipper, logs[prefix] = GradientClipper(Constant(1.0), window=None), StepLog(prefix)
             logs[prefix].load_state_dict(group["log"])

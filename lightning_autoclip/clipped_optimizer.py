@@ -77,11 +77,10 @@ class ClippedOptimizer:
             clipper_of: Returns the clipper of a prefix.
         """
         parameters, names = parameters_of(self.optimizer), dict(reversed(named))
-        self.groups = []
+        self.groups, is_limited = [], not self._has_engine and is_sgd_like(self.optimizer)
         for prefix, positions in self.positions(groups, named).items():
             clipper, places = clipper_of(prefix), range(len(parameters)) if positions is None else positions
             self.groups.append(Group(clipper, positions))
-            is_limited = not self._has_engine and is_sgd_like(self.optimizer)
             _log_of(clipper).max_update_ratio = clipper.settings.max_update_ratio if is_limited else None
             own = [names.get(id(parameters[place]), f"parameter {place}") for place in places]
             _log_of(clipper).set_parameters(own, [_numel(parameters[place]) for place in places])

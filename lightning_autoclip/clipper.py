@@ -284,11 +284,11 @@ def _measured(
     groups: _Groups, parameters: Sequence[Tensor], gradients: Gradients, is_read: bool
 ) -> tuple[list[Part | None], Any, Any]:
     """Measure the gradients of all groups: a part per group, the norm of the whole, and that of each parameter."""
-    first, are_shared = groups[0][0], gradients.shards is not None
+    first, is_shared = groups[0][0], gradients.shards is not None
     stepping = None if first._stepping is None else first._stepping()
     rates, due = (None if stepping is None else Rates(stepping, parameters)), False
     present = [
-        clipper if positions is None or _have_gradients(at(parameters, positions), are_shared) else None
+        clipper if positions is None or _have_gradients(at(parameters, positions), is_shared) else None
         for clipper, positions in groups
     ]
     if rates is not None:
@@ -305,9 +305,9 @@ def _measured(
     return parts, norm, measured.norms
 
 
-def _have_gradients(parameters: Sequence[Tensor], are_shared: bool) -> bool:
+def _have_gradients(parameters: Sequence[Tensor], is_shared: bool) -> bool:
     """Whether there is a gradient of a group, or, if processes share them, whether one of them may have one."""
-    return any(each.requires_grad if are_shared else each.grad is not None for each in parameters)
+    return any(each.requires_grad if is_shared else each.grad is not None for each in parameters)
 
 
 def _with_clipped_norms(

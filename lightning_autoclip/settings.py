@@ -111,6 +111,11 @@ def changes_of(written: dict[str, Any], settings: dict[str, Any], state_key: str
     return ", ".join(f"{key} {shown(was.get(key))} → {shown(now.get(key))}" for key in keys)
 
 
+def settings_of_run(settings: dict[str, Any], several_policies: bool) -> dict[str, Any]:
+    """The settings that hold for every step of a run, resumed ones included."""
+    return {**settings, "policy": {"class": "several", "arguments": {}}} if several_policies else settings
+
+
 def flat_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with those of the policy among them, as loggers show them."""
     name, arguments = settings["policy"]["class"], settings["policy"]["arguments"]

@@ -173,8 +173,8 @@ class StepWrapper:
 
 def _ends(optimizer: Any) -> list[Any]:
     """The optimizer and the innermost one that it wraps."""
-    outermost, *_, innermost = wrapped_in(optimizer) * 2
-    return [outermost] if innermost is outermost else [outermost, innermost]
+    outermost, *inner = wrapped_in(optimizer)
+    return [outermost, *inner[-1:]]
 
 
 def _wrap(optimizer: Any, wrapper: StepWrapper) -> None:

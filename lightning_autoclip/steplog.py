@@ -277,7 +277,7 @@ class StepLog:
         state = self._state
         layers = self._folded()
         return {
-            "version": 1,
+            "version": _STATE["version"],
             "steps": state.steps,
             "width": state.width,
             "bins": as_numbers(state.bins),

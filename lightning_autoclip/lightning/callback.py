@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_autoclip._checks import check_bool, check_integer, check_state
-from lightning_autoclip.checkpoint import CALLBACK_STATE, SETTINGS, STATE_KEY
+from lightning_autoclip._checks import check_bool, check_integer
+from lightning_autoclip.checkpoint import STATE_KEY, VERSION, check_callback_state
 from lightning_autoclip.clipper import GradientClipper
 from lightning_autoclip.lightning.clipped_optimizers import ClippedOptimizers
 from lightning_autoclip.lightning.monitor import Monitor
@@ -29,7 +29,7 @@ from lightning_autoclip.param_groups import Groups, check_groups
 from lightning_autoclip.plot import plot_of
 from lightning_autoclip.policies import Policy
 from lightning_autoclip.report import Report, report_of
-from lightning_autoclip.settings import Algorithm, Clipping, NonFinite, changes_of, flat_settings
+from lightning_autoclip.settings import Algorithm, Clipping, NonFinite, changes_of, flat_settings, settings_of_run
 from lightning_autoclip.skip import NonFiniteGradientError
 from lightning_autoclip.steplog import StepLog
 
@@ -269,7 +269,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         if self._trainer is not None:
             self._optimizers.commit_if_counted(self._trainer.global_step)
         return {
-            "version": CALLBACK_STATE["version"],
+            "version": VERSION,
             "settings": self.settings,
             "several_policies": self._several_policies,
             "has_scaler": self._has_scaler,
@@ -288,8 +288,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
         """
         if self._stage not in ("fit", None):
             return  # `trainer.test(ckpt_path=...)` must not take back what a later fit continues with
-        check_state(self.state_key, state_dict, CALLBACK_STATE)
-        check_state(f"{self.state_key}.settings", state_dict["settings"], SETTINGS)
+        check_callback_state(state_dict)
         changes = changes_of(state_dict["settings"], self.settings, self.state_key)
         self._optimizers.load_state_dict(state_dict["groups"])
         if changes:
@@ -316,12 +315,7 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     def report(self) -> Report:
         """What clipping did so far, and what it may hide: print it, or see `Report`."""
-        return report_of(self.logs, self._settings_of_run(), self._has_scaler)
-
-    def _settings_of_run(self) -> dict[str, Any]:
-        """The settings that hold for every step of the run, resumed ones included."""
-        several = {"policy": {"class": "several", "arguments": {}}}
-        return self.settings | (several if self._several_policies else {})
+        return report_of(self.logs, settings_of_run(self.settings, self._several_policies), self._has_scaler)
 
     def spikes(self) -> list[dict[str, Any]]:
         """The first steps with non-finite gradients, then those with the largest norms of the run, largest first.
@@ -336,4 +330,4 @@ class GradientClipping(Callback, *_OTHERS):  # type: ignore[misc]
 
     def plot(self) -> Figure:
         """Norms on a log scale, thresholds, clipped and non-finite steps, the largest norms: needs matplotlib."""
-        return plot_of(self.logs, self._settings_of_run())
+        return plot_of(self.logs, settings_of_run(self.settings, self._several_policies))

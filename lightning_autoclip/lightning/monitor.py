@@ -145,11 +145,12 @@ class Monitor:
         quick = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
         self._is_open = False
         try:
-            if found := _loggers(trainer):
-                summary = stopped or (report().summary if optimizers.logs else None)
+            found, made = _loggers(trainer), report()
+            if found:
+                summary = stopped or (made.summary if optimizers.logs else None)
                 loggers.conclude(found, self.spikes(optimizers.logs), summary, step_of(trainer))
-            if self._verbose and trainer.is_global_zero and not quick and (report().sections or self._batches):
-                print(f"\n{report()}")  # below the progress bar
+            if self._verbose and trainer.is_global_zero and not quick and (made.sections or self._batches):
+                print(f"\n{made}")  # below the progress bar
         except Exception as error:  # nothing that is only reported may fail a run that is done
             rank_zero_warn(f"`{self._name}` could not print its report: {error!r}")
 
